@@ -1,0 +1,78 @@
+// The whole native surface of curvkern: plain data in, a status out.
+//
+// Every launcher takes outputs, inputs, sizes, scalars, dtypes, then where to run: `threads` on the CPU, `device` and
+// `stream` on the GPU. Pointers belong to the caller; nothing is allocated, nothing waits, nothing is kept.
+#pragma once
+
+#include <cstdint>
+
+namespace curvkern {
+
+// Bump with every change to this file: Python ignores a binary with another number.
+constexpr int kAbi = 1;
+
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
+enum class Gate : int32_t { kNone = 0, kDescent = 1, kConflict = 2 };
+
+// 0: done. Above 0: a cudaError_t. Below 0: one of these.
+using Status = int32_t;
+constexpr Status kOk = 0;
+constexpr Status kUnsupportedDType = -1;
+
+// A CPU launcher is compiled once per instruction set; bindings.cpp takes the best one this processor runs.
+#if defined(__x86_64__)
+#define CURVKERN_CPU_LAUNCHER(signature) \
+  namespace cpu::generic {               \
+  Status signature;                      \
+  }                                      \
+  namespace cpu::avx2 {                  \
+  Status signature;                      \
+  }                                      \
+  namespace cpu::avx512 {                \
+  Status signature;                      \
+  }
+#else
+#define CURVKERN_CPU_LAUNCHER(signature) \
+  namespace cpu::generic {               \
+  Status signature;                      \
+  }
+#endif
+
+// rollback ---------------------------------------------------------------------------------------------------------
+// weight <- target where mask, gate and score > *tau (score == *tau too, for the first *quota of them, if tie_offsets
+// is given). Any of tau, mask_bits, mask_bytes, grad, fisher, direction, undo may be null. `undo` gets one bit per
+// weight. tie_offsets[b]: how many ties stand before block b of kRollbackBlock elements.
+constexpr int64_t kRollbackBlock = 2048;
+
+CURVKERN_CPU_LAUNCHER(rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau,
+                               const int64_t* quota, const int64_t* tie_offsets, const uint8_t* mask_bits,
+                               const uint8_t* mask_bytes, const void* grad, const float* fisher, const void* direction,
+                               int64_t n, Rule rule, Gate gate, DType dtype, DType grad_dtype, int threads))
+// ties[b] = number of selectable weights of block b whose score equals *tau.
+CURVKERN_CPU_LAUNCHER(rollback_ties(int64_t* ties, const void* weight, const void* target, const float* tau,
+                                    const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,
+                                    const float* fisher, const void* direction, int64_t n, Rule rule, Gate gate,
+                                    DType dtype, DType grad_dtype, int threads))
+// weight[r, c] += alpha[r / tile_rows, c / tile_cols] * (target - weight), one rounding.
+CURVKERN_CPU_LAUNCHER(blend(void* weight, const void* target, const float* alpha, int64_t rows, int64_t cols,
+                            int64_t tile_rows, int64_t tile_cols, DType dtype, int threads))
+
+namespace cuda {
+Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
+                const int64_t* tie_offsets, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,
+                const float* fisher, const void* direction, int64_t n, Rule rule, Gate gate, DType dtype,
+                DType grad_dtype, int device, void* stream);
+Status rollback_ties(int64_t* ties, const void* weight, const void* target, const float* tau, const uint8_t* mask_bits,
+                     const uint8_t* mask_bytes, const void* grad, const float* fisher, const void* direction, int64_t n,
+                     Rule rule, Gate gate, DType dtype, DType grad_dtype, int device, void* stream);
+Status blend(void* weight, const void* target, const float* alpha, int64_t rows, int64_t cols, int64_t tile_rows,
+             int64_t tile_cols, DType dtype, int device, void* stream);
+
+// What this binary carries and what the driver says; used by `curvkern env`.
+int device_count(Status* status);
+const char* status_name(Status status);
+const char* status_text(Status status);
+}  // namespace cuda
+
+}  // namespace curvkern

@@ -1,0 +1,79 @@
+// The per-element rules: one body for the CPU and the GPU, so that a test on the CPU checks what the GPU runs.
+//
+// Scores must be bit-identical everywhere: the K-th largest score found by one backend is the threshold that another
+// applies. So no product is contracted into an FMA (`mul`, `sub`), and gates compare signs, never products, which
+// underflow.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+#ifdef __CUDACC__
+#define CURVKERN_RULE __host__ __device__ __forceinline__
+#else
+#define CURVKERN_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace curvkern {
+
+#ifdef __CUDA_ARCH__
+CURVKERN_RULE float mul(float a, float b) { return __fmul_rn(a, b); }
+CURVKERN_RULE float add(float a, float b) { return __fadd_rn(a, b); }
+CURVKERN_RULE uint32_t bits_of(float x) { return __float_as_uint(x); }
+CURVKERN_RULE float float_of(uint32_t x) { return __uint_as_float(x); }
+#else
+// Host files are compiled with -ffp-contract=off.
+CURVKERN_RULE float mul(float a, float b) { return a * b; }
+CURVKERN_RULE float add(float a, float b) { return a + b; }
+CURVKERN_RULE uint32_t bits_of(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+CURVKERN_RULE float float_of(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+#endif
+
+CURVKERN_RULE float absolute(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
+// How much moving this weight to its target matters; delta = weight - target.
+CURVKERN_RULE float score(Rule rule, float delta, float grad, float fisher) {
+  switch (rule) {
+    case Rule::kGrad: return absolute(grad);
+    case Rule::kTaylor: return absolute(mul(grad, delta));
+    case Rule::kFisher: return mul(fisher, mul(delta, delta));
+    case Rule::kDelta: return absolute(delta);
+    case Rule::kGain: return add(mul(grad, delta), -mul(mul(0.5f, fisher), mul(delta, delta)));
+  }
+  return 0.0f;
+}
+
+// descent: moving to the target lowers the loss (delta and grad share a strict sign).
+// conflict: the signs of delta and direction differ, zero being a sign of its own.
+CURVKERN_RULE bool passes(Gate gate, float delta, float grad, float direction) {
+  switch (gate) {
+    case Gate::kNone: return true;
+    case Gate::kDescent: return (delta > 0.0f && grad > 0.0f) || (delta < 0.0f && grad < 0.0f);
+    case Gate::kConflict: return (delta > 0.0f) != (direction > 0.0f) || (delta < 0.0f) != (direction < 0.0f);
+  }
+  return false;
+}
+
+// Order-preserving map of a score to an unsigned key: a < b as floats iff key(a) < key(b); -0 and +0 share a key.
+CURVKERN_RULE uint32_t score_key(float x) {
+  const uint32_t u = bits_of(x + 0.0f);
+  return (u & 0x80000000u) ? ~u : (u | 0x80000000u);
+}
+
+// A step of the fraction alpha from weight to target; exact at both ends, and NaN alpha is no step.
+CURVKERN_RULE float blended(float weight, float target, float alpha) {
+  if (!(alpha > 0.0f)) return weight;
+  if (alpha >= 1.0f) return target;
+  return add(weight, mul(alpha, add(target, -weight)));
+}
+
+}  // namespace curvkern
