@@ -70,7 +70,9 @@ def ninja_file(target: Path, cxx: str, nvcc: "str | None") -> str:
         archs, codes, version = cuda_flags(nvcc)
         define = f'-DCURVKERN_CUDA -DCURVKERN_CUDA_ARCHS=\\"{archs}\\" -DCURVKERN_CUDA_VERSION=\\"{version}\\"'
         flags = f"-O3 -std=c++20 --expt-relaxed-constexpr {codes} -Xcompiler -fPIC,-fvisibility=hidden"
-        rules.append(f"rule nvcc\n  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc")
+        rules.append(
+            f"rule nvcc\n  command = {nvcc} {flags} -MD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
+        )
         for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
             objects.append(f"cuda_{source.stem}.o")
             edges.append(f"build {objects[-1]}: nvcc {source}")
@@ -83,7 +85,9 @@ def ninja_file(target: Path, cxx: str, nvcc: "str | None") -> str:
     edges.append(f"build bindings.o: cxx {ROOT}/csrc/bindings.cpp\n  flags = {common} {include} {define}")
     linker = f"{nvcc} -shared -cudart static -Xlinker --exclude-libs,ALL" if nvcc else f"{cxx} -shared"
     libs = "-Xlinker -s" if sys.platform.startswith("linux") else "-undefined dynamic_lookup"
-    edges.append(f"link = {linker}\nlibs = {libs if nvcc else libs.replace('-Xlinker', '-Wl,-s -pthread').replace(' -s', '')}")
+    edges.append(
+        f"link = {linker}\nlibs = {libs if nvcc else libs.replace('-Xlinker', '-Wl,-s -pthread').replace(' -s', '')}"
+    )
     edges.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(rules + edges) + "\n"
 

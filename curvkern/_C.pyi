@@ -1,0 +1,10 @@
+"""The native extension. Launchers take addresses, sizes, scalars and codes; see csrc/launch.h."""
+
+ABI: int
+CPU_ISA: str
+CUDA_ARCHS: str
+CUDA_VERSION: str
+ROLLBACK_BLOCK: int
+
+def device_count() -> int: ...
+def __getattr__(name: str) -> object: ...

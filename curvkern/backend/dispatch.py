@@ -1,0 +1,189 @@
+"""Which backend an op takes: ``backend=``, else ``use()``, else ``CURVKERN_BACKEND``, else the best usable one.
+
+A backend that was named must run or raise with the reason; left to itself the choice falls back and says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Generator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvkern.backend import check, launch
+
+BACKENDS = ("auto", "reference", "cpu", "cuda", "triton")
+
+_log = logging.getLogger("curvkern")
+_in_use: ContextVar[str | None] = ContextVar("curvkern_backend", default=None)
+_explaining: ContextVar[bool] = ContextVar("curvkern_explaining", default=False)
+_told: set[tuple[str, str]] = set()
+
+
+@dataclass(frozen=True)
+class Route:
+    """One way to run an op. ``refuse(*args)`` says why these arguments cannot take it, or None."""
+
+    backend: str
+    run: Callable[..., Any]
+    refuse: Callable[..., str | None] = lambda *_: None
+
+
+def lazily(target: str) -> Callable[..., Any]:
+    """The function ``"module:name"``, imported when first called: triton is optional and slow to import."""
+    module, name = target.split(":")
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``explain`` says of one backend."""
+
+    backend: str
+    usable: bool
+    reason: str
+    chosen: bool
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run this call."""
+
+
+class _Explained(BaseException):
+    def __init__(self, choices: list[Choice]) -> None:
+        self.choices = choices
+
+
+@contextlib.contextmanager
+def use(backend: str) -> Generator[None]:
+    """Ask for one backend in a block of code: ``with curvkern.use("triton"): ...``.
+
+    Args:
+        backend: ``"auto"``, ``"reference"``, ``"cpu"``, ``"cuda"`` or ``"triton"``.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    check.one_of("use", "backend", backend, BACKENDS)
+    token = _in_use.set(backend)
+    try:
+        yield
+    finally:
+        _in_use.reset(token)
+
+
+def requested(op: str, backend: str) -> str:
+    """The backend in force for a call: the argument, the ``use()`` block, the environment, ``"auto"``."""
+    if backend != "auto":
+        check.one_of(op, "backend", backend, BACKENDS)
+        return backend
+    in_use = _in_use.get()
+    if in_use is not None:
+        return in_use
+    from_environment = os.environ.get("CURVKERN_BACKEND", "auto")
+    check.one_of(op, "CURVKERN_BACKEND", from_environment, BACKENDS)
+    return from_environment
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on ``device``, or None."""
+    if not _triton_installed():
+        return "triton is not installed (pip install 'curvkern[triton]')"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "the tensors are on cpu, where Triton runs only as an interpreter (TRITON_INTERPRET=1)"
+    return None
+
+
+def _unusable(route: Route, device: torch.device, args: Sequence[Any]) -> str | None:
+    """Why ``route`` cannot run this call, or None."""
+    reason: str | None = None
+    if route.backend == "cpu":
+        reason = f"the tensors are on {device}" if device.type != "cpu" else launch.cpu_missing()
+    elif route.backend == "cuda":
+        reason = launch.cuda_missing(device)
+    elif route.backend == "triton":
+        reason = triton_missing(device)
+    return reason or route.refuse(*args)
+
+
+def run(op: str, routes: Sequence[Route], backend: str, args: Sequence[Any]) -> Any:
+    """Run the first usable route, or the one asked for.
+
+    Raises:
+        BackendError: the backend asked for cannot run this call, or the op has no such backend.
+    """
+    device = next(a.device for a in args if isinstance(a, Tensor))
+    wanted = requested(op, backend)
+    if _explaining.get():
+        raise _Explained(_choices(routes, wanted, device, args))
+    reason = f"{op} has no such version; it has {', '.join(r.backend for r in routes)}"
+    for route in routes:
+        if wanted in ("auto", route.backend):
+            reason = _unusable(route, device, args) or _not_by_itself(route, wanted, device)
+            if reason is None:
+                return route.run(*args)
+            if wanted == "auto" and (op, reason) not in _told:
+                _told.add((op, reason))
+                _log.info("%s: not %s: %s", op, route.backend, reason)
+    raise BackendError(f"{op}: backend {wanted!r} cannot run this call: {reason}")
+
+
+def _not_by_itself(route: Route, wanted: str, device: torch.device) -> str | None:
+    """Triton's interpreter is for tests: never taken unless named."""
+    if wanted == "auto" and route.backend == "triton" and device.type == "cpu":
+        return "on a CPU, Triton is an interpreter for tests: taken only when asked for by name"
+    return None
+
+
+def _choices(routes: Sequence[Route], wanted: str, device: torch.device, args: Sequence[Any]) -> list[Choice]:
+    choices: list[Choice] = []
+    for route in routes:
+        reason = _unusable(route, device, args)
+        passed_over = reason or _not_by_itself(route, wanted, device)
+        free = not any(choice.chosen for choice in choices)
+        chosen = passed_over is None and free and wanted in ("auto", route.backend)
+        said = passed_over or ("chosen" if chosen else "usable")
+        choices.append(Choice(route.backend, reason is None, said, chosen))
+    return choices
+
+
+def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
+    """Which backend ``op(*args, **kwargs)`` would take, and why not the others. Runs nothing.
+
+    Args:
+        op: a public function of ``curvkern.ops``.
+        *args: its arguments; checked as in a real call.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        One `Choice` a backend, best first.
+
+    Raises:
+        TypeError: ``op`` is not an op of curvkern.
+    """
+    token = _explaining.set(True)
+    try:
+        op(*args, **kwargs)
+    except _Explained as explained:
+        return explained.choices
+    finally:
+        _explaining.reset(token)
+    raise TypeError(f"explain: {op!r} reached no kernel; pass a function of curvkern.ops")

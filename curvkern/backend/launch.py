@@ -1,0 +1,90 @@
+"""Tensor to pointer, dtype code, device and stream: the only importer of the native extension."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from enum import Enum
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ABI = 1
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+RULE_CODES = {"grad": 0, "taylor": 1, "fisher": 2, "delta": 3, "gain": 4}
+GATE_CODES = {"none": 0, "descent": 1, "conflict": 2}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The native extension, or None and the reason."""
+    try:
+        native = importlib.import_module("curvkern._C")
+    except ImportError as error:
+        return None, f"the native extension is not there ({error}); reinstall with a C++ compiler"
+    if native.ABI != ABI:
+        reason = f"the native extension has ABI {native.ABI}, this Python code {ABI}; it is ignored: reinstall curvkern"
+        warnings.warn(f"curvkern: {reason}", RuntimeWarning, stacklevel=2)
+        return None, reason
+    return native, ""
+
+
+native, native_missing = _load()
+
+
+def cpu_missing() -> str | None:
+    """Why native CPU kernels cannot run, or None."""
+    return None if native is not None else native_missing
+
+
+def cuda_missing(device: torch.device) -> str | None:
+    """Why native CUDA kernels cannot run on ``device``, or None."""
+    if device.type != "cuda":
+        return f"the tensors are on {device}"
+    if torch.version.hip is not None:
+        return "this is a ROCm build of torch; native kernels are CUDA"
+    if native is None:
+        return native_missing
+    if not native.CUDA_ARCHS:
+        return "curvkern was built without CUDA; reinstall where nvcc is found (CURVKERN_CUDA=1)"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not _runs_on(native.CUDA_ARCHS, major, minor):
+        return (
+            f"built for sm {native.CUDA_ARCHS}, this GPU is sm_{major}{minor}; "
+            f"reinstall with CURVKERN_ARCHS={major}{minor}"
+        )
+    return None
+
+
+def _runs_on(archs: str, major: int, minor: int) -> bool:
+    """Whether code for ``archs`` (PTX of the newest) runs on compute capability ``major.minor``."""
+    built = [int(arch.rstrip("af")) for arch in archs.split(",")]
+    capability = 10 * major + minor
+    binary = any(arch // 10 == major and arch <= capability for arch in built)
+    return binary or max(built) <= capability
+
+
+def _lower(argument: Any) -> Any:
+    """A launcher's argument: an address for a tensor, a code for a dtype, 0 for None."""
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    if isinstance(argument, torch.dtype):
+        return DTYPE_CODES[argument]
+    if isinstance(argument, Enum):
+        return argument.value
+    return 0 if argument is None else argument
+
+
+def native_op(name: str, device: torch.device, *arguments: Any) -> None:
+    """Run the launcher ``name``: on the CPU with torch's threads, on a GPU on torch's current stream.
+
+    Tensors must be contiguous and outlive the call.
+    """
+    lowered = [_lower(argument) for argument in arguments]
+    if device.type == "cpu":
+        getattr(native, f"{name}_cpu")(*lowered, torch.get_num_threads())
+    else:
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(native, f"{name}_cuda")(*lowered, device.index, stream)

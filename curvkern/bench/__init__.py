@@ -1,0 +1,1 @@
+"""The benchmark suite: cases shared with the tests."""

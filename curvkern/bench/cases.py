@@ -1,0 +1,80 @@
+"""Shapes, dtypes, bytes and flops of every op: what is tested is what is measured.
+
+Bytes and flops are the algorithm's (each input once, each output once), never a guess at what a kernel does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+#: ``edge``: small, at the borders of kernels' regimes, for tests; ``s``, ``m``, ``l``: for measuring.
+Size = Literal["edge", "s", "m", "l"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op on one input.
+
+    Attributes:
+        op: stem of the op's files.
+        function: public function, also the name of its reference (``<function>_ref`` without the underscore).
+        label: the shape in words.
+        dtype: of weights or activations.
+        size: where it is used.
+        make: device and float64 switch -> arguments; the same numbers every time.
+        bytes: read and written.
+        flops: multiply-adds count two.
+    """
+
+    op: str
+    function: str
+    label: str
+    dtype: torch.dtype
+    size: Size
+    make: Callable[[str], tuple[tuple[Any, ...], dict[str, Any]]]
+    bytes: int = 0
+    flops: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.function}-{self.label}-{str(self.dtype).removeprefix('torch.')}".replace(" ", "_")
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
+    """Normal numbers; the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _rollback() -> list[Case]:
+    """Sizes at the borders of a byte of undo bits and of a block of 2048; Llama's square and wide layers."""
+
+    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size) -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            weight = random(*shape, dtype=dtype, device=device, seed=1)
+            target = random(*shape, dtype=dtype, device=device, seed=2)
+            grad = random(*shape, device=device, seed=3)
+            return (weight, target, 1.0), {"rule": "grad", "gate": "descent", "grad": grad}
+
+        label = "x".join(map(str, shape))
+        # Weight, target and gradient once; a quarter passes the gate, a third of that the threshold: written blocks.
+        return Case("rollback", "rollback_", label, dtype, size, make, bytes=n * (3 * dtype.itemsize + 4))
+
+    edges = [(0,), (1,), (7,), (8,), (9,), (2047,), (2048,), (2049,), (33, 65)]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases = [case(shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+    return cases + [case(shape, dtype, size) for shape, size in measured for dtype in (torch.float32, torch.bfloat16)]
+
+
+CASES: dict[str, list[Case]] = {
+    "rollback": _rollback(),
+}
