@@ -62,3 +62,8 @@ def assert_no_worse_than_torch(got, same_dtype, exact, *, factor=2.0):
     scale = exact.abs().max().item() if exact.numel() else 0.0
     limit = factor * allowed + 4 * torch.finfo(got.dtype).eps * scale
     assert error <= limit, f"error {error:.3e} against float64; torch's own is {allowed:.3e}, the limit {limit:.3e}"
+
+
+@pytest.fixture
+def no_worse():
+    return assert_no_worse_than_torch

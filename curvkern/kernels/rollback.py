@@ -1,6 +1,6 @@
 """rollback_ and blend_ in Triton: one pass, a program per 2048 weights."""
 
-# pyright: basic
+# pyright: basic, reportCallIssue=false
 from __future__ import annotations
 
 import torch

@@ -1,6 +1,6 @@
 """Scores and gates in Triton; the same bits as csrc/rules.h (kernels run with ``enable_fp_fusion=False``)."""
 
-# pyright: basic
+# pyright: basic, reportCallIssue=false
 from __future__ import annotations
 
 import triton

@@ -283,14 +283,14 @@ def _native_rollback(
     codes += (launch.DTYPE_CODES[weight.dtype], launch.DTYPE_CODES[grad.dtype if grad is not None else torch.float32])
     evidence = (bits_, bools_, grad_, fisher_, direction_, weight.numel(), *codes)
     count = torch.zeros((), dtype=torch.int64, device=weight.device)
-    offsets = None
+    offsets = totals = None
     if tau is not None and quota is not None:
         ties = torch.empty(-(-weight.numel() // _BLOCK), dtype=torch.int64, device=weight.device)
         launch.native_op("rollback_ties", weight.device, ties, weight, target_, tau, *evidence)
         totals = ties.cumsum(0)
         offsets = totals - ties
     launch.native_op("rollback", weight.device, count, weight, undo, target_, tau, quota, offsets, *evidence)
-    if offsets is not None and quota is not None and offsets.numel():
+    if totals is not None and quota is not None and totals.numel():
         quota.sub_(torch.minimum(quota, totals[-1]))
     return count
 
