@@ -1,0 +1,34 @@
+"""Checkpoints and LoRA adapters: read tensor by tensor, written whole or not at all.
+
+with Checkpoint.open("aligned") as aligned, open_tuned("tuned-or-adapter", aligned) as tuned:
+    bundle = Bundle({"aligned": aligned, "tuned": tuned})
+    with Writer("restored", like=tuned, inputs=bundle.sources) as writer:
+        for name, tensors in bundle:
+            writer.write(name, torch.lerp(tensors["tuned"], tensors["aligned"], 0.5))
+        for name in bundle.skipped:
+            if name in tuned:
+                writer.copy(name)
+        writer.finish()
+"""
+
+from curvkern.checkpoint.adapter import Adapter, LoraFactors
+from curvkern.checkpoint.bundle import Bundle
+from curvkern.checkpoint.error import CheckpointError
+from curvkern.checkpoint.format import TensorSpec
+from curvkern.checkpoint.read import Checkpoint
+from curvkern.checkpoint.tuned import TunedView, open_tuned
+from curvkern.checkpoint.write import Writer
+from curvkern.checkpoint.write_adapter import AdapterWriter
+
+__all__ = [
+    "Adapter",
+    "AdapterWriter",
+    "Bundle",
+    "Checkpoint",
+    "CheckpointError",
+    "LoraFactors",
+    "TensorSpec",
+    "TunedView",
+    "Writer",
+    "open_tuned",
+]

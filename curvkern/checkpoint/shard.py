@@ -1,0 +1,178 @@
+"""One weight file: safetensors read in place, or a legacy pickle mapped by torch."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import stat
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from curvkern.checkpoint.error import CheckpointError
+from curvkern.checkpoint.format import TensorSpec, read_header, tensor_bytes
+
+_BLOCK = 8 << 20
+_SAMPLES = 64
+_SAMPLE_BYTES = 4096
+# glibc recycles blocks below this size; above it every tensor would fault its pages in again, 4 KiB
+# at a time, which halves the read rate. Huge pages give most of that back.
+_HUGE = 32 << 20
+
+
+class Shard(Protocol):
+    """What a checkpoint asks of one of its files."""
+
+    path: Path
+    specs: tuple[TensorSpec, ...]
+    metadata: dict[str, str]
+
+    def read(self, spec: TensorSpec) -> torch.Tensor:
+        """Return a fresh CPU tensor."""
+        ...
+
+    def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
+        """Yield the tensor's bytes in order; a block is valid until the next one is asked for."""
+        ...
+
+    def fingerprint(self) -> dict[str, int]:
+        """Return what tells this file from another, cheaply."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+class SafetensorsShard:
+    """A safetensors file; opening it reads the header only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _require_regular(path)
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            header = read_header(path, self._fd)
+        except BaseException:
+            self.close()
+            raise
+        self.specs, self.metadata, self._header_crc32 = header.specs, header.metadata, header.crc32
+
+    def read(self, spec: TensorSpec) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype."""
+        flat = _new_bytes(spec.nbytes)
+        self._fill(flat.numpy().data, spec.offset)
+        return flat.view(spec.dtype).view(spec.shape)
+
+    def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
+        """Yield the tensor's bytes through one reused buffer of at most 8 MiB."""
+        buffer = memoryview(bytearray(min(_BLOCK, spec.nbytes)))
+        for start in range(0, spec.nbytes, _BLOCK):
+            block = buffer[: min(_BLOCK, spec.nbytes - start)]
+            self._fill(block, spec.offset + start)
+            yield block
+
+    def fingerprint(self) -> dict[str, int]:
+        """Return the size, the header's CRC-32 and that of 4 KiB from up to 64 of the tensors.
+
+        Cheap, and enough to tell one fine-tune from another; not a proof that two files are equal.
+        """
+        sampled = 0
+        for spec in self.specs[:: max(1, len(self.specs) // _SAMPLES)]:
+            piece = memoryview(bytearray(min(_SAMPLE_BYTES, spec.nbytes)))
+            self._fill(piece, spec.offset + (spec.nbytes - len(piece)) // 2)
+            sampled = zlib.crc32(piece, sampled)
+        size = os.fstat(self._fd).st_size
+        return {"bytes": size, "header_crc32": self._header_crc32, "sample_crc32": sampled}
+
+    def close(self) -> None:
+        """Close the file; closing twice is harmless."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if self._fd < 0:
+            raise CheckpointError(f"{self.path}: the checkpoint was closed before this read")
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._fd, [view[done : done + _BLOCK]], offset + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot read: {error.strerror}") from error
+            if got == 0:
+                raise CheckpointError(f"{self.path}: ends at byte {offset + done}: it was cut short")
+            done += got
+
+
+class PickleShard:
+    """A legacy ``.bin`` file, mapped by `torch.load` with ``weights_only=True``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        _require_regular(path)
+        self._tensors = _load_pickle(path)
+        self.metadata: dict[str, str] = {}
+        self.specs = tuple(
+            TensorSpec(name, t.dtype, tuple(t.shape), path.name, -1, t.numel() * t.itemsize)
+            for name, t in self._tensors.items()
+        )
+
+    def read(self, spec: TensorSpec) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype."""
+        return self._tensors[spec.name].clone(memory_format=torch.contiguous_format)
+
+    def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
+        """Yield the tensor's bytes at once: they are mapped, not loaded."""
+        yield tensor_bytes(self._tensors[spec.name])
+
+    def fingerprint(self) -> dict[str, int]:
+        """Return the size and the CRC-32 of the end, which lists each record's own CRC-32."""
+        with self.path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 20)))
+            return {"bytes": size, "tail_crc32": zlib.crc32(file.read())}
+
+    def close(self) -> None:
+        """Drop the mapping."""
+        self._tensors = {}
+
+
+def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: not a pickle of plain tensors that torch can map: {reason} "
+            "Convert it to safetensors where it comes from."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: holds a {type(state).__name__}, not a table of tensors")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise CheckpointError(f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor")
+    return state
+
+
+def _require_regular(path: Path) -> None:
+    # Opening a FIFO would wait for ever; stat follows links, as hub-cache entries are links.
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot open: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise CheckpointError(f"{path}: not a regular file")
+
+
+def _new_bytes(count: int) -> torch.Tensor:
+    if count < _HUGE:
+        return torch.empty(count, dtype=torch.uint8)
+    area = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)

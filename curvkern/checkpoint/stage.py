@@ -1,0 +1,207 @@
+"""`Stage`: the directory beside the target in which an output grows until it is whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from curvkern.checkpoint.error import CheckpointError, listed
+
+RECORD = "curvkern.json"
+_SIGNED = ("recipe", "inputs", "output")
+
+
+def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> Path:
+    """Return ``out`` as an absolute path, after checking that an output may appear there.
+
+    Args:
+        out: The directory to be made.
+        roots: The inputs' paths; none of them may be at risk.
+        overwrite: Whether a checkpoint that is there already may be replaced.
+
+    Raises:
+        CheckpointError: It exists (and ``overwrite`` is not set, or it is no checkpoint), it
+            overlaps an input, or it cannot be renamed to.
+    """
+    target = Path(out).expanduser().resolve()
+    for root in roots:
+        source = root.resolve()
+        inside = source.is_dir() and target.is_relative_to(source)
+        if inside or source.is_relative_to(target):
+            raise CheckpointError(f"{target}: overlaps the input {source}; choose another directory")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target}: is a file; wanted a directory to make")
+    if os.path.ismount(target):
+        raise CheckpointError(f"{target}: is a mount point; choose a directory inside it")
+    held = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    if held and not overwrite:
+        raise CheckpointError(f"{target}: exists and is not empty (pass overwrite=True to replace it)")
+    if held and not any(name.endswith((".safetensors", "config.json")) for name in held):
+        raise CheckpointError(f"{target}: holds no checkpoint ({listed(held)}), so it is not overwritten")
+    if _previous(target).exists():
+        raise CheckpointError(
+            f"{_previous(target)}: an earlier output, left when its replacement was cut short; move "
+            f"it back to {target} or delete it"
+        )
+    return target
+
+
+class Stage:
+    """``OUT.partial``: locked while it is written, recorded shard by shard, renamed when whole.
+
+    Its ``curvkern.json`` tells what is being made (recipe, inputs, layout) and which shards are
+    complete, so that a killed run can go on; at the end the same file describes the output.
+
+    Attributes:
+        directory: Where the files go.
+        complete: Names of the shards an earlier run finished.
+    """
+
+    def __init__(self, target: Path, signature: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
+        """Make or take over the directory.
+
+        Raises:
+            CheckpointError: Another run holds it, it is not an unfinished output, or (with
+                ``resume``) it was begun with another recipe, other inputs or another layout.
+        """
+        self.target = target
+        self.directory = target.with_name(f"{target.name}.partial")
+        self._signature = signature
+        self._overwrite = overwrite
+        self._lock = self._enter()
+        self.complete: list[str] = []
+        try:
+            earlier = self._earlier()
+            if earlier is not None and resume:
+                self.complete = self._agreed_shards(earlier)
+            else:
+                self._clear()
+            self.record()
+        except BaseException:
+            self.release()
+            raise
+
+    def record(self, *shards: str) -> None:
+        """Note that ``shards`` are complete: their data must have reached the disk."""
+        self.complete.extend(shards)
+        self.write(RECORD, as_json({**self._signature, "complete": self.complete}))
+        os.fsync(self._lock)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file so that it is there whole or not at all."""
+        path = self.directory / name
+        path.parent.mkdir(exist_ok=True)
+        draft = path.with_name(f"{path.name}.tmp")
+        with draft.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+    def publish(self) -> None:
+        """Give the directory its final name; an old output there is swapped out and removed."""
+        os.fsync(self._lock)
+        previous = _previous(self.target)
+        occupied = self.target.is_dir() and any(self.target.iterdir())
+        if occupied and not self._overwrite:
+            raise CheckpointError(f"{self.target}: appeared while its replacement was being written")
+        if occupied:
+            self.target.rename(previous)
+        try:
+            self.directory.rename(self.target)
+        except BaseException:
+            if occupied:
+                previous.rename(self.target)
+            raise
+        parent = os.open(self.target.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+        if occupied:
+            shutil.rmtree(previous, ignore_errors=True)
+        self.release()
+
+    def discard(self) -> None:
+        """Remove the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.release()
+
+    def release(self) -> None:
+        """Unlock the directory and leave it as it is; releasing twice is harmless."""
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def _enter(self) -> int:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        free = True
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Its owner may have published it between the opening and the locking.
+            free = os.path.samestat(os.fstat(lock), self.directory.stat())
+        except (BlockingIOError, FileNotFoundError):
+            free = False
+        except OSError:
+            # Some network mounts have no locks; there it is the user who keeps two runs apart.
+            pass
+        if not free:
+            os.close(lock)
+            raise CheckpointError(f"{self.directory}: another run is writing there")
+        return lock
+
+    def _earlier(self) -> dict[str, Any] | None:
+        """Return what an earlier run recorded, None if it left nothing."""
+        names = {p.name for p in self.directory.iterdir()}
+        with suppress(OSError, ValueError):
+            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
+            if isinstance(record, dict) and all(key in record for key in _SIGNED):
+                return record
+        if names - {RECORD, f"{RECORD}.tmp"}:
+            raise CheckpointError(f"{self.directory}: exists and is not an unfinished output; move it away")
+        return None
+
+    def _agreed_shards(self, earlier: dict[str, Any]) -> list[str]:
+        now = json.loads(as_json(self._signature))
+        changes = [c for key in _SIGNED for c in differences(key, earlier[key], now[key])]
+        if changes:
+            raise CheckpointError(
+                f"{self.directory}: cannot resume, it was begun differently: {listed(changes)}. "
+                "Restore the former settings, or run without resume to start again"
+            )
+        sizes = {name: file["bytes"] for name, file in now["output"].items()}
+        finished = earlier.get("complete", list(sizes))
+        return [name for name in finished if self._size(name) == sizes.get(name)]
+
+    def _size(self, name: str) -> int:
+        path = self.directory / name
+        return path.stat().st_size if path.is_file() else -1
+
+    def _clear(self) -> None:
+        for path in self.directory.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def as_json(value: Any) -> bytes:
+    """Return ``value`` as indented JSON with sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def differences(where: str, was: Any, now: Any) -> list[str]:
+    """Name each place at which two JSON values differ."""
+    if isinstance(was, dict) and isinstance(now, dict):
+        keys = [*was, *(key for key in now if key not in was)]
+        return [d for key in keys for d in differences(f"{where}.{key}", was.get(key), now.get(key))]
+    return [] if was == now else [f"{where} was {was!r}, is {now!r}"]
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f"{target.name}.previous")

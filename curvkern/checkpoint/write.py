@@ -1,0 +1,286 @@
+"""`Writer`: a checkpoint that is whole on disk, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Generator, Iterable, Mapping, Set
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from curvkern.checkpoint.adapter import Adapter
+from curvkern.checkpoint.agree import Source
+from curvkern.checkpoint.card import describe, model_card
+from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.format import TensorSpec, tensor_bytes
+from curvkern.checkpoint.layout import Layout
+from curvkern.checkpoint.locate import read_json
+from curvkern.checkpoint.stage import RECORD, Stage, as_json, check_target
+
+_INDEX = "model.safetensors.index.json"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# What file systems without preallocation answer.
+_CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+class Writer:
+    """Writes a checkpoint tensor by tensor, in any order, laid out like another one.
+
+    Headers and offsets are fixed before any data exists, so a tensor goes straight to its place and
+    no shard is ever held in memory. Everything happens in ``OUT.partial``; `finish` renames it to
+    ``OUT``. Use it as a context manager: an exception leaves nothing at ``OUT``, and removes
+    ``OUT.partial`` unless ``resume`` is set. One thread at a time may write.
+
+    Attributes:
+        target: Where the checkpoint will appear.
+        names: The tensors to write, in file order.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        like: Source,
+        *,
+        overwrite: bool = False,
+        resume: bool = False,
+        dtype: torch.dtype | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Source | Adapter] | None = None,
+    ) -> None:
+        """Check the target and the free space, lay out the files and reserve their room.
+
+        Args:
+            out: The directory to make.
+            like: Gives files, order, shapes and dtypes, and the configuration and tokenizer files.
+            overwrite: Replace a checkpoint at ``out``, once the new one is whole.
+            resume: Go on where a killed run with the same recipe and inputs stopped, and keep what
+                is finished if this one fails.
+            dtype: Store floating-point tensors in this dtype instead.
+            recipe: What is being done, as JSON; goes into ``curvkern.json``.
+            inputs: Role to every checkpoint that the output is made from; default: ``like`` alone.
+
+        Raises:
+            CheckpointError: ``out`` cannot be made or is in use, the disk is too small, or a run
+                to resume was begun differently.
+        """
+        inputs = {"like": like} if inputs is None else inputs
+        self._like, self._resume, self._dtype = like, resume, dtype
+        self._recipe: dict[str, Any] = json.loads(_encode(dict(recipe or {})))
+        self._sources = {role: source.path.name for role, source in inputs.items()}
+        self._layout = Layout(like, dtype)
+        self.names = tuple(self._layout.specs)
+        roots = [root for source in (like, *inputs.values()) for root in source.roots]
+        self.target = check_target(out, roots, overwrite=overwrite)
+        self._signature = {
+            "recipe": self._recipe,
+            "inputs": {role: source.fingerprint() for role, source in inputs.items()},
+            "output": self._layout.signature(),
+        }
+        self._open: dict[str, int] = {}
+        self._finished = False
+        with self._disk("making the output directory"):
+            self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
+        self._left = {f: set[str]() for f in self._layout.heads if f not in self._stage.complete}
+        self._done: set[str] = set()
+        for name, spec in self._layout.specs.items():
+            self._left.get(spec.file, self._done).add(name)
+        try:
+            self._reserve()
+        except BaseException:
+            self.abort()
+            raise
+
+    @property
+    def done(self) -> Set[str]:
+        """Names of the tensors written so far, those of an earlier run included; grows."""
+        return self._done
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return what the output's tensor ``name`` will be, and where.
+
+        Raises:
+            CheckpointError: There is no such tensor.
+        """
+        if name not in self._layout.specs:
+            raise CheckpointError(f"{self.target}: no tensor {name} in the layout")
+        return self._layout.specs[name]
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor to its place.
+
+        Raises:
+            CheckpointError: Unknown or already written name, another shape or dtype than `spec`
+                says (nothing is cast here), or a full disk.
+        """
+        spec = self.spec(name)
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise CheckpointError(
+                f"{self.target}: {name}: got {tensor.dtype} {list(tensor.shape)}, "
+                f"wanted {spec.dtype} {list(spec.shape)}"
+            )
+        self._put(spec, (tensor_bytes(tensor.cpu()),))
+
+    def copy(self, name: str) -> None:
+        """Copy one tensor from ``like``, byte for byte (or cast, where ``dtype`` asks for it).
+
+        Raises:
+            CheckpointError: Unknown or already written name, or a full disk.
+        """
+        spec = self.spec(name)
+        if spec.dtype == self._like.spec(name).dtype:
+            self._put(spec, self._like.blocks(name))
+        else:
+            self.write(name, self._like.read(name).to(spec.dtype))
+
+    def finish(
+        self,
+        extra_json: Mapping[str, Any] | None = None,
+        *,
+        side_files: Mapping[str, Path] | None = None,
+        library: str = "transformers",
+    ) -> None:
+        """Add everything besides weights, and give the directory its name.
+
+        Args:
+            extra_json: Further entries of ``curvkern.json``.
+            side_files: Files to copy, by path in the output; default: those beside ``like``.
+            library: What loads the output, for the model card.
+
+        Raises:
+            CheckpointError: A tensor was not written, an entry is not JSON, or a full disk.
+        """
+        missing = [name for name in self.names if name not in self._done]
+        if missing:
+            raise CheckpointError(f"{self.target}: not written: {listed(missing)}")
+        record = _encode(describe(self._signature, self._sources, extra_json or {}))
+        with self._disk("writing the last files"):
+            for name, path in (self._like.side_files() if side_files is None else side_files).items():
+                self._stage.write(name, self._side_file(name, path))
+            if self._like.indexed:
+                self._stage.write(_INDEX, as_json(self._layout.index()))
+            card = model_card(self.target, self._recipe, self._sources, library)
+            self._stage.write("README.md", card.encode())
+            self._stage.write(RECORD, record)
+            self._stage.publish()
+        self._finished = True
+
+    def abort(self) -> None:
+        """Give up: ``OUT`` stays as it was; ``OUT.partial`` is kept only for a run to resume."""
+        for fd in self._open.values():
+            os.close(fd)
+        self._open.clear()
+        if self._resume:
+            self._stage.release()
+        else:
+            self._stage.discard()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._finished:
+            return
+        self.abort()
+        if exception is None:
+            raise CheckpointError(f"{self.target}: the writer was left before finish(): no output")
+
+    def _reserve(self) -> None:
+        """Check the free space, then take it and write the headers."""
+        directory, sizes = self._stage.directory, self._layout.sizes
+        held = sum(path.stat().st_blocks * 512 for path in directory.iterdir())
+        needed = sum(sizes.values()) - held
+        free = shutil.disk_usage(directory).free
+        if needed > free:
+            raise CheckpointError(
+                f"{self.target}: needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free on its disk"
+            )
+        for file in list(self._left):
+            with self._disk(f"reserving room for {file}"):
+                fd = self._descriptor(file)
+                _allocate(fd, sizes[file])
+                _write_at(fd, memoryview(self._layout.heads[file]), 0)
+                if self._left[file]:
+                    os.close(self._open.pop(file))
+                else:
+                    self._complete(file)
+
+    def _put(self, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
+        if spec.name in self._done:
+            raise CheckpointError(f"{self.target}: {spec.name} is written already")
+        offset = spec.offset
+        with self._disk(f"writing {spec.name} to {spec.file}"):
+            fd = self._descriptor(spec.file)
+            for block in blocks:
+                offset = _write_at(fd, block, offset)
+            self._done.add(spec.name)
+            self._left[spec.file].remove(spec.name)
+            if not self._left[spec.file]:
+                self._complete(spec.file)
+
+    def _complete(self, file: str) -> None:
+        fd = self._open.pop(file)
+        os.fsync(fd)
+        os.close(fd)
+        del self._left[file]
+        self._stage.record(file)
+
+    def _descriptor(self, file: str) -> int:
+        if file not in self._open:
+            path = self._stage.directory / file
+            # The umask applies: other users may read the result wherever they may read its siblings.
+            self._open[file] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        return self._open[file]
+
+    def _side_file(self, name: str, path: Path) -> bytes:
+        if name != "config.json" or self._dtype is None:
+            return path.read_bytes()
+        config = read_json(path)
+        stored = str(self._dtype).removeprefix("torch.")
+        for part in (config, config.get("text_config") or {}):
+            part.update({key: stored for key in ("dtype", "torch_dtype") if key in part})
+        return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @contextmanager
+    def _disk(self, doing: str) -> Generator[None, None, None]:
+        """Turn what the system says into what it means for the output."""
+        try:
+            yield
+        except OSError as error:
+            reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+            kept = "; finished shards are kept for resume" if self._resume else ""
+            raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{kept}") from error
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    try:
+        return as_json(value)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"curvkern.json: the recipe or an entry is not JSON: {error}") from error
+
+
+def _allocate(fd: int, size: int) -> None:
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in _CANNOT_ALLOCATE:
+            raise
+        os.ftruncate(fd, size)
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> int:
+    """Write all of ``data`` at ``offset`` and return where it ends."""
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+    return offset
