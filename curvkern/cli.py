@@ -1,0 +1,99 @@
+"""The command line: argument parsing only; each command calls one function."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="curvkern",
+    help="Give a fine-tuned language model its safety back.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _parameters(assignments: list[str]) -> dict[str, Any]:
+    """``key=value`` pairs; values are read as YAML."""
+    import yaml
+
+    parameters: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise typer.BadParameter(f"{assignment!r}: write key=value, for example rate=0.002")
+        parameters[key] = yaml.safe_load(value)
+    return parameters
+
+
+@app.command()
+def restore(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options override its entries.")] = None,
+    aligned: Annotated[Path | None, typer.Option(help="The safe chat model.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="What fine-tuning made of it: checkpoint or LoRA adapter.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The model before alignment.")] = None,
+    method: Annotated[str | None, typer.Option(help="Restoration method.")] = None,
+    harmful: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts.")] = None,
+    task: Annotated[Path | None, typer.Option(help="JSON Lines of the task, with responses.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
+    save: Annotated[str | None, typer.Option(help="auto, checkpoint or adapter.")] = None,
+    device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on where a killed run stopped.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
+) -> None:
+    """Restore a fine-tuned model and write the result with a report."""
+    from curvkern.recipe import make_recipe, read_recipe
+    from curvkern.report import print_report
+    from curvkern.restore import run_recipe
+
+    given = {
+        "aligned": aligned, "tuned": tuned, "base": base, "method": method, "harmful": harmful, "task": task,
+        "out": out, "include": include, "exclude": exclude, "save": save, "device": device,
+    }  # fmt: skip
+    values: dict[str, Any] = {key: value for key, value in given.items() if value}
+    values["parameters"] = _parameters(set_ or [])
+    chosen = make_recipe(values) if recipe is None else read_recipe(recipe, values)
+    report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
+    if not quiet:
+        print_report(report)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where models, results and the page go.")] = Path("demo-out"),
+    seed: Annotated[int, typer.Option(help="Of data, weights and training.")] = 0,
+) -> None:
+    """Train, align, spoil and restore a tiny model: the whole story in three minutes."""
+    from curvkern.demo.story import run
+
+    run(out, seed=seed)
+
+
+@app.command()
+def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what this machine has and which backend each op takes."""
+    from curvkern.env import main as env_main
+
+    env_main(["--json"] if json else [])
+
+
+def main() -> None:
+    """Run the command line; errors of use are one line, not a traceback."""
+    from curvkern.backend.dispatch import BackendError
+    from curvkern.checkpoint import CheckpointError
+    from curvkern.curvature import CurvatureError
+    from curvkern.restore import RestoreError
+
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, BackendError, CheckpointError, CurvatureError, RestoreError) as e:
+        typer.secho(f"curvkern: error: {e}", err=True, fg="red")
+        sys.exit(2)

@@ -1,0 +1,125 @@
+"""What a restoration method is: what it needs, what it plans over all modules, how it edits one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+
+class MethodError(ValueError):
+    """A method cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """One weight matrix of the model (or a bias, for methods that take them), as every checkpoint has it.
+
+    Attributes:
+        name: the weight's name in the checkpoint, ``"model.layers.3.self_attn.q_proj.weight"``.
+        layer: the decoder layer's number.
+        kind: the module's own name, ``"q_proj"``.
+        tuned: W_t [out, in], in its own dtype.
+        aligned: W_a, likewise.
+        base: W_u, likewise; None unless the method needs it.
+        factors: (B [out, r], A [r, in], scale) with W_t = W_a + scale B A if the tuned model is a LoRA adapter that
+            changes this module; else None.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    tuned: Tensor
+    aligned: Tensor
+    base: Tensor | None = None
+    factors: tuple[Tensor, Tensor, float] | None = None
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What a method makes of one module.
+
+    Attributes:
+        weight: the restored weight, in float32 where it was computed and in the checkpoint's dtype where it was copied;
+            None leaves the module as it was tuned.
+        factors: (B, A) in place of the adapter's, if the method can keep an adapter one.
+        selected: how many weights the method meant to change, where it knows.
+        notes: figures for the report, ``{"cosine": 0.31}``.
+    """
+
+    weight: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None
+    selected: int | None = None
+    notes: dict[str, float] = field(default_factory=dict[str, float])
+
+
+#: Every call streams all modules once, in file order.
+Modules = Callable[[], Iterable[Module]]
+
+
+class Evidence(Protocol):
+    """The model in memory, and what data say of its weights; see `curvkern.curvature.HiddenEvidence`."""
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Checkpoint name -> the live parameter; editing it in place edits the model."""
+        ...
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters in all decoder layers, norms and biases included."""
+        ...
+
+    def add_gradient(self, data: Literal["harmful", "task"]) -> Mapping[str, Tensor]:
+        """Add the gradient of the data's loss at the working weights to the sums (float32) and return the sums."""
+        ...
+
+    def clear_gradients(self) -> None:
+        """Set the sums to zero."""
+        ...
+
+    def score(self) -> float:
+        """The task score of the working weights; higher is better."""
+        ...
+
+
+class Method(BaseModel):
+    """A restoration method: frozen parameters, and the three things that the pass asks of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: ClassVar[str]
+    #: Paper and equation.
+    source: ClassVar[str]
+    #: Of "base", "harmful", "task", "model".
+    needs: ClassVar[frozenset[str]] = frozenset()
+    #: Whether the biases of linear modules are modules too (1-D).
+    biases: ClassVar[bool] = False
+    #: Whether edits come with factors, so that an adapter stays an adapter.
+    edits_adapter: ClassVar[bool] = False
+
+    def evidence_options(self) -> dict[str, Any]:
+        """Keyword arguments for the evidence, where the method needs the model."""
+        return {}
+
+    def plan(self, modules: Modules, evidence: Evidence | None, tell: Callable[[str], None]) -> Any:
+        """Look at all modules, as often as the method's ranking asks; the result goes to every `edit`.
+
+        Args:
+            modules: each call is one sweep over all modules.
+            evidence: given if the method needs the model.
+            tell: takes lines for the report.
+        """
+        return None
+
+    def edit(self, module: Module, plan: Any) -> Edit:
+        """Restore one module.
+
+        Args:
+            module: its tensors are the method's to keep, not to change.
+            plan: what `plan` returned.
+        """
+        raise NotImplementedError

@@ -1,0 +1,37 @@
+"""A random mask: the baseline that every method with a mask must beat."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from curvkern.methods.method import Edit, Method, Module
+from curvkern.ops import rollback_
+
+
+class Random(Method):
+    """Reset exactly ceil(fraction * n) weights of every module, drawn uniformly, to the aligned model.
+
+    The draw depends on the seed and the module's name alone, not on order or device.
+    """
+
+    name: ClassVar[str] = "random"
+    source: ClassVar[str] = "baseline"
+
+    fraction: float = Field(0.05, ge=0, le=1, description="share of each module's weights to reset")
+    seed: int = Field(0, ge=0)
+
+    def edit(self, module: Module, plan: Any) -> Edit:
+        """Reset a random part of one module."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{module.name}".encode()))
+        n = module.tuned.numel()
+        drawn = torch.rand(n, generator=generator).topk(math.ceil(self.fraction * n)).indices
+        mask = torch.zeros(n, dtype=torch.bool)
+        mask[drawn] = True
+        weight = module.tuned.clone()
+        count = rollback_(weight, module.aligned, mask=mask.view(weight.shape).to(weight.device))
+        return Edit(weight, selected=int(count))

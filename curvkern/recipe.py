@@ -1,0 +1,92 @@
+"""A restoration written down: what `restore` takes, validated, from keywords or from a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+
+class RecipeError(ValueError):
+    """The recipe is wrong; says where."""
+
+
+class Recipe(BaseModel):
+    """Everything that decides what a restoration writes.
+
+    Attributes:
+        aligned: the safe chat model.
+        tuned: what fine-tuning made of it: a checkpoint or a LoRA adapter directory.
+        out: directory to make.
+        method: a name of `curvkern.methods.REGISTRY`.
+        parameters: the method's own.
+        base: the model before alignment, where the method needs it.
+        harmful: JSON Lines of harmful prompts.
+        task: JSON Lines of the fine-tuning task, with responses.
+        include: patterns (``*`` and ``?``) on full weight names; empty: all modules.
+        exclude: patterns of modules to leave as tuned.
+        save: ``"auto"`` keeps an adapter an adapter where the method can.
+        device: where tensors are edited.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    aligned: Path
+    tuned: Path
+    out: Path
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
+    base: Path | None = None
+    harmful: Path | None = None
+    task: Path | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    save: Literal["auto", "checkpoint", "adapter"] = "auto"
+    device: str = "cpu"
+
+    def record(self) -> dict[str, Any]:
+        """The recipe as JSON, without the places that differ from run to run."""
+        return self.model_dump(mode="json", exclude={"out", "device"})
+
+
+def make_recipe(values: dict[str, Any], where: str = "restore") -> Recipe:
+    """A recipe from plain values.
+
+    Raises:
+        RecipeError: an unknown, missing or ill-typed entry; names ``where`` and the entry.
+    """
+    for key in values:
+        if key not in Recipe.model_fields:
+            near = difflib.get_close_matches(key, Recipe.model_fields, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(f"{where}: unknown entry {key!r}; it takes {', '.join(Recipe.model_fields)}.{hint}")
+    try:
+        return Recipe(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        entry = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise RecipeError(f"{where}: {entry} is missing.") from None
+        raise RecipeError(f"{where}: {entry} is {first['input']!r}: {first['msg']}.") from None
+
+
+def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
+    """The recipe of a YAML file, with ``overrides`` on top. Paths are relative to the working directory.
+
+    Raises:
+        RecipeError: no such file, broken YAML (with the line), or a wrong entry.
+    """
+    try:
+        loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise RecipeError(f"{path}: wanted a mapping (aligned: ..., tuned: ..., method: ...), got {loaded!r}.")
+    values = cast("dict[str, Any]", loaded)
+    parameters = {**values.get("parameters", {}), **overrides.pop("parameters", {})}
+    return make_recipe({**values, **overrides, "parameters": parameters}, str(path))

@@ -1,0 +1,197 @@
+"""The figures of a restoration."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ModuleChange:
+    """What happened to one module. Norms are Frobenius norms of float32 differences.
+
+    Attributes:
+        name: the weight's name in the checkpoint.
+        layer: decoder layer.
+        kind: ``"q_proj"``.
+        weights: how many.
+        changed: how many differ from the tuned model's.
+        undone_by_rounding: how many the method meant to change but storing in the checkpoint's dtype left as they were.
+        tuned_norm: |W_t - W_a|, what fine-tuning did.
+        restored_norm: |W - W_a|, what is left of it.
+        step_norm: |W - W_t|, what the restoration did.
+        cosine: between W - W_a and W_t - W_a; 1 where nothing changed, 0 where the module is aligned again.
+        nonfinite: NaN or Inf in the result, all found so in the inputs.
+        notes: the method's own figures.
+    """
+
+    name: str
+    layer: int
+    kind: str
+    weights: int
+    changed: int
+    undone_by_rounding: int
+    tuned_norm: float
+    restored_norm: float
+    step_norm: float
+    cosine: float
+    nonfinite: int
+    notes: dict[str, float] = field(default_factory=dict[str, float])
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the run: wall seconds, and peak resident (and GPU) memory in bytes where it can be told."""
+
+    name: str
+    seconds: float
+    peak_memory: int | None
+    peak_gpu_memory: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a restoration has to say for itself."""
+
+    method: str
+    source: str
+    recipe: dict[str, Any]
+    out: str
+    saved: str
+    modules: list[ModuleChange]
+    stages: list[Stage]
+    messages: list[str]
+
+    @property
+    def changed(self) -> int:
+        """Weights that differ from the tuned model's."""
+        return sum(m.changed for m in self.modules)
+
+    @property
+    def weights(self) -> int:
+        """Weights of all selected modules."""
+        return sum(m.weights for m in self.modules)
+
+    @property
+    def undone_by_rounding(self) -> int:
+        """Restorations that rounding undid."""
+        return sum(m.undone_by_rounding for m in self.modules)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes, over all stages; None where it cannot be told."""
+        return max((s.peak_memory for s in self.stages if s.peak_memory is not None), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready: every field, and the totals."""
+        totals = {
+            "weights": self.weights,
+            "changed": self.changed,
+            "undone_by_rounding": self.undone_by_rounding,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+        }
+        return {**asdict(self), "totals": totals}
+
+
+def measure_change(
+    name: str,
+    layer: int,
+    kind: str,
+    aligned: Tensor,
+    tuned: Tensor,
+    restored: Tensor,
+    *,
+    wanted: int,
+    notes: dict[str, float],
+) -> ModuleChange:
+    """Compare a restored module with what it was made from.
+
+    Args:
+        name: of the weight.
+        layer: decoder layer.
+        kind: of the module.
+        aligned: W_a.
+        tuned: W_t.
+        restored: W as stored, in the checkpoint's dtype.
+        wanted: weights the method meant to change.
+        notes: the method's figures.
+    """
+    changed = nonfinite = 0
+    sums = torch.zeros(4, dtype=torch.float64)
+    parts = (t.reshape(-1).split(_CHUNK) for t in (aligned, tuned, restored))
+    for a, t, r in zip(*parts, strict=True):  # bounded memory: a module can be a gigabyte
+        changed += int((r != t).sum())
+        nonfinite += int((~r.isfinite()).sum())
+        before, after = t.float() - a.float(), r.float() - a.float()
+        step = after - before
+        for i, (x, y) in enumerate(((before, before), (after, after), (step, step), (before, after))):
+            sums[i] += torch.dot(x, y).double().cpu()
+    tuned_norm, restored_norm, step_norm = (float(total.sqrt()) for total in sums[:3])
+    product = tuned_norm * restored_norm
+    return ModuleChange(
+        name=name,
+        layer=layer,
+        kind=kind,
+        weights=tuned.numel(),
+        changed=changed,
+        undone_by_rounding=max(0, wanted - changed),
+        tuned_norm=tuned_norm,
+        restored_norm=restored_norm,
+        step_norm=step_norm,
+        cosine=float(sums[3]) / product if product > 0 else float(changed == 0),
+        nonfinite=nonfinite,
+        notes=notes,
+    )
+
+
+_CHUNK = 1 << 20  # elements compared at a time
+
+
+class Stages:
+    """Times the parts of a run and reads their peak memory."""
+
+    def __init__(self) -> None:
+        self.done: list[Stage] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Generator[None]:
+        """Measure a block of code."""
+        cuda = torch.cuda.is_initialized()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        _forget_peak()
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            gpu = torch.cuda.max_memory_allocated() if cuda else None
+            self.done.append(Stage(name, seconds, _peak_memory(), gpu))
+
+
+def _forget_peak() -> None:
+    """Let the kernel's record of the peak start again from what is resident now (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    lines = (line.split() for line in status.splitlines())
+    return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)

@@ -1,0 +1,345 @@
+"""The restoration pass: open checkpoints, gather evidence, plan, edit module by module, write, report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from curvkern.checkpoint import AdapterWriter, Bundle, Writer
+    from curvkern.evaluate import Example
+    from curvkern.methods import Edit, Evidence, Method, Module
+    from curvkern.recipe import Recipe
+    from curvkern.report import ModuleChange, Report
+
+Score = Callable[[Any, Any], float]
+
+
+class RestoreError(RuntimeError):
+    """The restoration cannot be done as asked."""
+
+
+def restore(
+    aligned: str | Path,
+    tuned: str | Path,
+    *,
+    out: str | Path,
+    method: str,
+    base: str | Path | None = None,
+    harmful: str | Path | None = None,
+    task: str | Path | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    save: str = "auto",
+    device: str = "cpu",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    score: Score | None = None,
+    **parameters: Any,
+) -> Report:
+    """Restore a fine-tuned model's safety from the aligned model it came from, and write the result.
+
+    Args:
+        aligned: the safe chat model: a Hugging Face directory, a file, or a hub id in the local cache.
+        tuned: what fine-tuning made of it: likewise, or a LoRA adapter directory.
+        out: directory to make: a checkpoint (or adapter) with ``curvkern.json``, ``report.json``, ``report.html``.
+        method: a name of `curvkern.methods.REGISTRY`.
+        base: the model before alignment, where the method needs it.
+        harmful: JSON Lines of harmful prompts, where the method needs them.
+        task: JSON Lines of the fine-tuning task with responses, where the method needs it.
+        include: patterns (``*``, ``?``) on full weight names; empty: the linear modules of all decoder layers.
+        exclude: patterns of modules to leave as tuned.
+        save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"auto"``.
+        device: where tensors are edited and the model runs.
+        overwrite: replace what is at ``out``, once the new checkpoint is whole.
+        resume: go on where a killed run with the same recipe and inputs stopped.
+        progress: show a progress bar.
+        score: task score of (model, tokenizer), higher is better; default: exact match of greedy answers on ``task``.
+        **parameters: the method's own.
+
+    Returns:
+        What changed, per module and stage.
+
+    Raises:
+        RecipeError, MethodError, CheckpointError, FileNotFoundError, ValueError: inputs that are wrong or do not fit;
+            before any heavy work, and nothing is written.
+        RestoreError: the method made a non-finite weight of finite ones.
+    """
+    from curvkern.recipe import make_recipe
+
+    values = {key: value for key, value in locals().items() if key in _RECIPE_KEYS}
+    recipe = make_recipe({**values, "parameters": parameters})
+    return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, score=score)
+
+
+_RECIPE_KEYS = frozenset({"aligned", "tuned", "out", "method", "base", "harmful", "task", "include", "exclude",
+                          "save", "device"})  # fmt: skip
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    score: Score | None = None,
+) -> Report:
+    """`restore`, from a `Recipe`."""
+    from curvkern.checkpoint import AdapterWriter, Bundle, Checkpoint, Writer, open_tuned
+    from curvkern.methods import make
+    from curvkern.report import Report, Stages, write_page
+
+    method = make(recipe.method, recipe.parameters)
+    data = _read_data(recipe, method)
+    stages, messages = Stages(), list[str]()
+    with ExitStack() as stack:
+        with stages.stage("open"):
+            aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
+            tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
+            sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
+            if "base" in method.needs:
+                sources["base"] = stack.enter_context(Checkpoint.open(_given(recipe.base, recipe, "base")))
+            bundle = Bundle(sources, device=recipe.device)
+            names = select_modules({name: tuned.spec(name).shape for name in bundle.names}, method, recipe)
+            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter) else None
+            options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "recipe": recipe.record()}
+            if adapter is None:
+                writer = stack.enter_context(Writer(recipe.out, tuned, inputs=sources, **options))
+            else:
+                writer = stack.enter_context(AdapterWriter(recipe.out, adapter, inputs=sources, **options))
+        sweep = _Sweeps(bundle, names, tuned.adapter, progress)
+        evidence = None
+        if "model" in method.needs:
+            with stages.stage("evidence"):
+                evidence = _evidence(recipe, method, data, bundle, score)
+        with stages.stage("plan"):
+            plan = method.plan(lambda: sweep.modules("planning"), evidence, messages.append)
+        del evidence  # the model in memory
+        with stages.stage("edit"):
+            changes = list(_edit_all(method, plan, sweep, writer))
+        report = Report(
+            method=method.name,
+            source=method.source,
+            recipe=recipe.record(),
+            out=str(recipe.out),
+            saved="checkpoint" if adapter is None else "adapter",
+            modules=changes,
+            stages=stages.done,
+            messages=messages,
+        )
+        with stages.stage("finish"):
+            if isinstance(writer, Writer):
+                for name in writer.names:
+                    if name not in writer.done:
+                        writer.copy(name)
+            writer.finish({"restoration": report.as_dict()})
+    Path(recipe.out, "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
+    write_page(report, Path(recipe.out, "report.html"))
+    return report
+
+
+def select_modules(shapes: Mapping[str, tuple[int, ...]], method: type[Method] | Method, recipe: Recipe) -> list[str]:
+    """Names of the weights to restore: matrices inside numbered layers, and their biases if the method takes them.
+
+    Args:
+        shapes: every tensor of the checkpoint.
+        method: says whether biases are wanted.
+        recipe: its ``include`` and ``exclude`` patterns.
+
+    Raises:
+        RestoreError: a pattern matches nothing, or nothing is left.
+    """
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and _layer(name) is not None]
+    chosen = set(matrices)
+    if method.biases:
+        chosen |= {name[: -len("weight")] + "bias" for name in matrices if name.endswith(".weight")}
+    names = [name for name in shapes if name in chosen]
+    for patterns, keep in ((recipe.include, True), (recipe.exclude, False)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in shapes):
+                which = "include" if keep else "exclude"
+                raise RestoreError(
+                    f"restore: {which} pattern {pattern!r} matches no tensor; one is {next(iter(shapes))}."
+                )
+        if patterns:
+            names = [name for name in names if any(fnmatchcase(name, p) for p in patterns) is keep]
+    if not names:
+        raise RestoreError("restore: no module is selected; loosen include and exclude.")
+    return names
+
+
+def _layer(name: str) -> int | None:
+    """The decoder layer's number: the first numeric part of the name."""
+    found = re.search(r"(?:^|\.)(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
+def _given(value: Path | None, recipe: Recipe, argument: str) -> Path:
+    if value is None:
+        raise RestoreError(f"restore: method {recipe.method!r} needs {argument}; pass {argument}=... (--{argument}).")
+    return value
+
+
+def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
+    """The JSON Lines that the method needs, read before anything heavy."""
+    from curvkern.evaluate import read_jsonl
+
+    for argument in ("base", "harmful", "task"):
+        if argument in method.needs:
+            _given(getattr(recipe, argument), recipe, argument)
+    files = {"harmful": recipe.harmful, "task": recipe.task}
+    return {key: read_jsonl(path) for key, path in files.items() if key in method.needs and path is not None}
+
+
+def _saves_adapter(recipe: Recipe, method: Method, adapter: object | None) -> bool:
+    possible = adapter is not None and method.edits_adapter
+    if recipe.save == "adapter" and not possible:
+        why = "the tuned model is not an adapter" if adapter is None else f"{method.name} edits full weights"
+        raise RestoreError(f"restore: cannot save an adapter: {why}; use save='checkpoint'.")
+    return possible and recipe.save != "checkpoint"
+
+
+def _evidence(
+    recipe: Recipe, method: Method, data: Mapping[str, list[Example]], bundle: Bundle, score: Score | None
+) -> Evidence:
+    """The model in memory, with the harmful and task prompts as tokens."""
+    from transformers import AutoTokenizer
+
+    from curvkern.curvature import HiddenEvidence
+    from curvkern.evaluate import chat_prompt
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(bundle.sources["aligned"].path)
+    prompts = {key: [chat_prompt(tokenizer, row.messages or row.prompt) for row in rows] for key, rows in data.items()}
+    judge = score or _exact_match(data["task"], recipe)
+    tuned = bundle.sources["tuned"]
+    return HiddenEvidence(
+        bundle.sources["aligned"].path,
+        ((name, tuned.read(name)) for name in tuned.names),
+        prompts=prompts,  # pyright: ignore[reportArgumentType]
+        score=lambda model: judge(model, tokenizer),
+        device=recipe.device,
+        **method.evidence_options(),
+    )
+
+
+def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
+    """The share of task prompts that a model answers, greedily, with exactly the expected response."""
+    from curvkern.evaluate import generate, task_accuracy
+
+    expected = [row.response for row in rows if row.response is not None]
+    if len(expected) < len(rows):
+        raise RestoreError(
+            f"restore: {recipe.task}: {len(rows) - len(expected)} rows have no response; the task score is exact match "
+            "of responses. Add them, or pass score=... from Python."
+        )
+
+    def score(model: Any, tokenizer: Any) -> float:
+        longest = max(len(tokenizer.encode(text)) for text in expected)
+        answers = generate(model, tokenizer, [row.messages or row.prompt for row in rows], max_new_tokens=longest + 4)
+        return task_accuracy(answers, expected)
+
+    return score
+
+
+class _Sweeps:
+    """Streams the selected modules, as often as asked."""
+
+    def __init__(self, bundle: Bundle, names: Sequence[str], adapter: Any, progress: bool) -> None:
+        self.bundle = bundle
+        self.names = names
+        self.adapter = adapter
+        self.progress = progress
+
+    def modules(self, what: str, skip: frozenset[str] = frozenset()) -> Iterator[Module]:
+        """One sweep in file order."""
+        from curvkern.methods import Module
+
+        names = [name for name in self.names if name not in skip]
+        with _bar(what, len(names), self.progress) as advance:
+            for name, tensors in self.bundle.stream(names):
+                layer = _layer(name) or 0
+                advance(f"{what}: layer {layer}")
+                yield Module(
+                    name=name,
+                    layer=layer,
+                    kind=name.rsplit(".", 2)[-2],
+                    tuned=tensors["tuned"],
+                    aligned=tensors["aligned"],
+                    base=tensors.get("base"),
+                    factors=self._factors(name),
+                )
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        if self.adapter is None or name not in self.adapter.names:
+            return None
+        factors = self.adapter.factors(name)
+        return factors.B, factors.A, factors.scale
+
+
+def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:
+    """Edit, check, write and measure every selected module that an earlier run has not finished."""
+    from curvkern.checkpoint import Writer
+    from curvkern.report import measure_change
+
+    finished = frozenset(writer.done) if isinstance(writer, Writer) else frozenset[str]()
+    for module in sweep.modules("restoring", finished):
+        edit = method.edit(module, plan)
+        weight = module.tuned if edit.weight is None else edit.weight
+        stored = weight.to(module.tuned.dtype)
+        _refuse_spread(method, module, stored)
+        if isinstance(writer, Writer):
+            writer.write(module.name, stored.contiguous())
+        elif edit.factors is not None:
+            writer.write(module.name, *edit.factors)
+        yield measure_change(
+            module.name,
+            module.layer,
+            module.kind,
+            module.aligned,
+            module.tuned,
+            stored,
+            wanted=_wanted(edit, module),
+            notes=edit.notes,
+        )
+
+
+def _wanted(edit: Edit, module: Module) -> int:
+    """How many weights the method meant to change, before rounding to the checkpoint's dtype."""
+    if edit.selected is not None:
+        return edit.selected
+    return 0 if edit.weight is None else int((edit.weight.float() != module.tuned.float()).sum())
+
+
+def _refuse_spread(method: Method, module: Module, stored: Tensor) -> None:
+    """A restoration never makes a non-finite weight of finite ones."""
+    if bool(stored.isfinite().all()):
+        return
+    spread = ~stored.isfinite() & module.tuned.isfinite() & module.aligned.isfinite()
+    if count := int(spread.sum()):
+        raise RestoreError(
+            f"restore: {method.name} made {count} non-finite weights of finite ones in {module.name}; nothing is "
+            "written. Look for NaN or Inf in the inputs or for an overflow of its dtype."
+        )
+
+
+@contextmanager
+def _bar(what: str, total: int, shown: bool) -> Generator[Callable[[str], None]]:
+    """A progress bar with the layer and the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not shown, transient=True) as progress:
+        bar = progress.add_task(what, total=total)
+
+        def advance(description: str) -> None:
+            progress.update(bar, advance=1, description=description)
+
+        yield advance
