@@ -145,7 +145,7 @@ def _compare_tokens(role: str, ids: dict[str, int], other_role: str, other: dict
     for token, number in ids.items():
         elsewhere = other.get(token)
         if elsewhere != number and (elsewhere is not None or number in taken):
-            found = f"as id {elsewhere}" if elsewhere is not None else f"{taken[number]!r} there"
+            found = f"it as id {elsewhere}" if elsewhere is not None else f"{taken[number]!r} there"
             raise CheckpointError(
                 f"the vocabularies differ: {role} has {token!r} as id {number}, {other_role} has "
                 f"{found}; if that is meant, pass check_vocabulary=False"

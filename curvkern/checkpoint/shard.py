@@ -19,9 +19,9 @@ from curvkern.checkpoint.format import TensorSpec, read_header, tensor_bytes
 _BLOCK = 8 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
-# glibc recycles blocks below this size; above it every tensor would fault its pages in again, 4 KiB
-# at a time, which halves the read rate. Huge pages give most of that back.
-_HUGE = 32 << 20
+# Larger tensors get pages of their own: what malloc keeps of them after a thread of readers would
+# exceed the memory bound. Huge pages make up for most of the page faults this costs.
+_HUGE = 8 << 20
 
 
 class Shard(Protocol):

@@ -71,7 +71,7 @@ class Writer:
         """
         inputs = {"like": like} if inputs is None else inputs
         self._like, self._resume, self._dtype = like, resume, dtype
-        self._recipe: dict[str, Any] = json.loads(_encode(dict(recipe or {})))
+        self._recipe = _plain(recipe or {})
         self._sources = {role: source.path.name for role, source in inputs.items()}
         self._layout = Layout(like, dtype)
         self.names = tuple(self._layout.specs)
@@ -158,7 +158,7 @@ class Writer:
         missing = [name for name in self.names if name not in self._done]
         if missing:
             raise CheckpointError(f"{self.target}: not written: {listed(missing)}")
-        record = _encode(describe(self._signature, self._sources, extra_json or {}))
+        record = as_json(describe(self._signature, self._sources, _plain(extra_json or {})))
         with self._disk("writing the last files"):
             for name, path in (self._like.side_files() if side_files is None else side_files).items():
                 self._stage.write(name, self._side_file(name, path))
@@ -262,9 +262,10 @@ class Writer:
             raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{kept}") from error
 
 
-def _encode(value: dict[str, Any]) -> bytes:
+def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``entries`` as they will read back from JSON, which has no NaN."""
     try:
-        return as_json(value)
+        return json.loads(json.dumps(dict(entries), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"curvkern.json: the recipe or an entry is not JSON: {error}") from error
 

@@ -39,9 +39,7 @@ def _tokenizer(words: list[str] | None = None) -> PreTrainedTokenizerFast:
     ids = {word: i for i, word in enumerate(["<unk>", "</s>", *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
     fast.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     return fast
 

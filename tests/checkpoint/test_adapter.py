@@ -281,9 +281,7 @@ def test_written_adapter_loads_with_peft(save, adapt, tmp_path, form):
     record = json.loads((tmp_path / "out" / "curvkern.json").read_text())
     assert record["recipe"] == {"method": "safe_lora"}
     assert record["report"] == {"changed": 1}
-    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (
-        directory / "adapter_config.json"
-    ).read_bytes()
+    assert (tmp_path / "out" / "adapter_config.json").read_bytes() == (directory / "adapter_config.json").read_bytes()
     assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
 
 
