@@ -77,6 +77,11 @@ def _lower(argument: Any) -> Any:
     return 0 if argument is None else argument
 
 
+def constant(name: str) -> int:
+    """A number of csrc/launch.h that Python code needs to size a workspace."""
+    return getattr(native, name)
+
+
 def native_op(name: str, device: torch.device, *arguments: Any) -> None:
     """Run the launcher ``name``: on the CPU with torch's threads, on a GPU on torch's current stream.
 

@@ -20,8 +20,6 @@ from curvkern.ops.select import (
     unpack_mask,
 )
 
-_BLOCK = 2048  # elements whose ties are counted together; kRollbackBlock in csrc/launch.h
-
 
 def rollback_(
     weight: Tensor,
@@ -285,7 +283,8 @@ def _native_rollback(
     count = torch.zeros((), dtype=torch.int64, device=weight.device)
     offsets = totals = None
     if tau is not None and quota is not None:
-        ties = torch.empty(-(-weight.numel() // _BLOCK), dtype=torch.int64, device=weight.device)
+        blocks = -(-weight.numel() // launch.constant("ROLLBACK_BLOCK"))
+        ties = torch.empty(blocks, dtype=torch.int64, device=weight.device)
         launch.native_op("rollback_ties", weight.device, ties, weight, target_, tau, *evidence)
         totals = ties.cumsum(0)
         offsets = totals - ties
