@@ -55,6 +55,7 @@ FORMS = {
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
         "alpha_pattern": {"down_proj": 5, r".*\.0\..*k_proj": 16},
     },
+    "first pattern wins": {"alpha_pattern": {"layers.0.self_attn.k_proj": 3, "k_proj": 7}},
     "rank-stabilised patterns": {"use_rslora": True, "rank_pattern": {"k_proj": 1}},
     "embedding": {"target_modules": [*TARGETS, "embed_tokens"]},
     "head": {"target_modules": ["lm_head", "q_proj"]},
@@ -237,13 +238,13 @@ def test_refuses_an_adapter_of_another_model(save, adapt, llama):
         with pytest.raises(CheckpointError, match=r"changes model.layers.2.mlp.down_proj.weight, which .* lacks"):
             open_tuned(deep, aligned)
         other = adapt(save("gpt2", model=gpt2()), "gpt2-adapter", target_modules=["c_attn"])
-        with pytest.raises(CheckpointError, match="c_attn.weight, which .* lacks"):
+        with pytest.raises(CheckpointError, match=r"c_attn.weight, which .* lacks"):
             open_tuned(other, aligned)
 
 
 def test_not_an_adapter(save, tmp_path):
     base = save()
-    with pytest.raises(CheckpointError, match="not a LoRA adapter: no adapter_config.json"):
+    with pytest.raises(CheckpointError, match=r"not a LoRA adapter: no adapter_config.json"):
         Adapter.open(base)
     with Checkpoint.open(base) as aligned, pytest.raises(CheckpointError, match="no such file"):
         open_tuned(tmp_path / "absent", aligned)
@@ -255,7 +256,7 @@ def test_asking_for_what_it_lacks(save, adapt):
             adapter.factors("lm_head.weight")
         with pytest.raises(CheckpointError, match="the adapter does not change it"):
             adapter.factors("model.norm.weight")
-        with pytest.raises(CheckpointError, match="holds no replacement for model.norm.weight"):
+        with pytest.raises(CheckpointError, match=r"holds no replacement for model.norm.weight"):
             adapter.replacement("model.norm.weight")
         assert adapter.replaced == ("lm_head.weight",)
 

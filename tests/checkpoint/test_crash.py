@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import multiprocessing
 import os
 import random
@@ -18,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 
 from curvkern.checkpoint import Checkpoint, CheckpointError, Writer
-from curvkern.checkpoint.stage import Stage
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,16 +38,15 @@ def restore(source, out, *, pause=0.0, **options):
         writer.finish({"report": {"tensors": len(writer.names)}})
 
 
-def dying_at(step):
-    """Count the calls that change the disk, and die in the middle of number ``step``."""
-    calls = {"n": 0}
+def die_at(step, calls):
+    """Count the calls that change the disk in ``calls``, and die in the middle of number ``step``."""
 
     def wrap(owner, name):
         plain = getattr(owner, name)
 
         def counted(*arguments, **options):
-            calls["n"] += 1
-            if calls["n"] == step:
+            calls.value += 1
+            if calls.value == step:
                 if name == "pwrite":
                     fd, data, offset = arguments
                     plain(fd, data[: len(data) // 2], offset)
@@ -56,23 +55,40 @@ def dying_at(step):
 
         setattr(owner, name, counted)
 
-    for owner, name in ((os, "pwrite"), (os, "fsync"), (os, "posix_fallocate"), (Path, "replace"), (Path, "rename")):
-        wrap(owner, name)
-    return calls
+    for name in ("pwrite", "fsync", "posix_fallocate"):
+        wrap(os, name)
+    for name in ("replace", "rename"):
+        wrap(Path, name)
+
+
+def begin(out, checkpoint, names):
+    """Copy ``names`` in a run that then fails, and return what the writer took as done."""
+    writer = Writer(out, checkpoint, resume=True)
+    done = set(writer.done)
+
+    def copy_and_fail():
+        for name in names:
+            writer.copy(name)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), writer:
+        copy_and_fail()
+    return done
 
 
 def run_until(step, source, out, **options):
-    """Run in a child that dies at ``step``; return whether it lived to the end."""
+    """Run in a child that dies at ``step`` and return how many steps it made (0: does not die)."""
+    calls = FORK.Value("i", 0)
 
     def child():
-        dying_at(step)
+        die_at(step, calls)
         restore(source, out, **options)
 
     process = FORK.Process(target=child)
     process.start()
     process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode == 0
+    assert process.exitcode == (-signal.SIGKILL if calls.value == step else 0)
+    return calls.value
 
 
 @pytest.fixture
@@ -98,41 +114,39 @@ def reads_as(path, reference):
 
 def test_kill_at_every_step_then_resume(reference, tmp_path):
     source, wanted = reference
-    step, lived = 0, False
-    while not lived:
-        step += 1
+    steps = run_until(0, source, tmp_path / "whole")
+    assert steps > 40
+    for step in range(1, steps + 1):
         out = tmp_path / f"out{step}"
-        lived = run_until(step, source, out)
+        run_until(step, source, out)
         if not out.exists():
             assert (tmp_path / f"out{step}.partial").is_dir()
             restore(source, out)
         assert reads_as(out, wanted) == wanted
         assert not (tmp_path / f"out{step}.partial").exists()
-    assert step > 40
 
 
-def test_kill_at_every_step_while_replacing(reference, save, tmp_path, contents):
+def test_kill_at_every_late_step_while_replacing(reference, save, tmp_path, contents):
+    """The old output is there until the new one is whole; only between two renames neither is."""
     source, wanted = reference
-    older = contents(save("older", seed=9))
-    step, lived, swaps = 0, False, 0
-    while not lived:
-        step += 1
+    older = save("older", seed=9)
+    shutil.copytree(older, tmp_path / "out0")
+    steps = run_until(0, source, tmp_path / "out0", overwrite=True)
+    swaps = 0
+    for step in range(steps - 12, steps + 1):
         out = tmp_path / f"out{step}"
-        shutil.copytree(tmp_path / "older", out)
-        lived = run_until(step, source, out, overwrite=True)
-        previous = tmp_path / f"out{step}.previous"
+        shutil.copytree(older, out)
+        run_until(step, source, out, overwrite=True)
         if not out.exists():
             swaps += 1
-            assert contents(previous) == older
+            assert contents(tmp_path / f"out{step}.previous") == contents(older)
         elif "curvkern.json" in contents(out):
             assert reads_as(out, wanted) == wanted
         else:
-            assert contents(out) == older
-            if step % 10 == 0:
-                restore(source, out, overwrite=True)
-                assert reads_as(out, wanted) == wanted
+            assert contents(out) == contents(older)
+            restore(source, out, overwrite=True)
+            assert reads_as(out, wanted) == wanted
     assert swaps == 1
-    assert step > 40
 
 
 def test_kill_at_random_times_again_and_again(reference, tmp_path):
@@ -156,10 +170,7 @@ def test_resume_keeps_finished_shards(save, tmp_path, monkeypatch):
     with Checkpoint.open(source) as checkpoint:
         first = [n for n in checkpoint.names if checkpoint.spec(n).file == checkpoint.files[0]]
         second = [n for n in checkpoint.names if checkpoint.spec(n).file == checkpoint.files[1]]
-        with pytest.raises(RuntimeError), Writer(out, checkpoint, resume=True) as writer:
-            for name in (*first, second[0]):
-                writer.copy(name)
-            raise RuntimeError
+        assert begin(out, checkpoint, (*first, second[0])) == set()
         assert not out.exists()
         with Writer(out, checkpoint, resume=True) as writer:
             assert writer.done == set(first)
@@ -184,15 +195,11 @@ def test_without_resume_it_starts_again(save, tmp_path):
 def test_a_shard_of_the_wrong_size_is_not_trusted(save, tmp_path):
     source, out = save(), tmp_path / "out"
     with Checkpoint.open(source) as checkpoint:
-        with pytest.raises(RuntimeError), Writer(out, checkpoint, resume=True) as writer:
-            for name in writer.names[:3]:
-                writer.copy(name)
-            assert writer.done
-            raise RuntimeError
+        first = [n for n in checkpoint.names if checkpoint.spec(n).file == checkpoint.files[0]]
+        begin(out, checkpoint, first)
+        assert begin(out, checkpoint, ()) == set(first)
         os.truncate(tmp_path / "out.partial" / checkpoint.files[0], 10)
-        with pytest.raises(RuntimeError), Writer(out, checkpoint, resume=True) as writer:
-            assert not {n for n in writer.done if checkpoint.spec(n).file == checkpoint.files[0]}
-            raise RuntimeError
+        assert begin(out, checkpoint, ()) == set()
 
 
 def test_resume_refuses_what_changed(save, tmp_path):
@@ -243,7 +250,7 @@ def test_too_little_space_is_told_first(save, tmp_path, monkeypatch):
     source = save()
     usage = type("Usage", (), {"free": 50_000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="needs .*e-05 GB, 5e-05 GB are free"):
+    with pytest.raises(CheckpointError, match=r"needs .*e-05 GB, 5e-05 GB are free"):
         restore(source, tmp_path / "out", resume=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["aligned"]
 
@@ -258,6 +265,31 @@ def test_file_system_without_preallocation(save, tmp_path, monkeypatch):
     restore(source, tmp_path / "b")
     for file in (tmp_path / "a").glob("*.safetensors"):
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_everything_reaches_the_disk_before_it_counts(source, tmp_path, monkeypatch):
+    """A shard is synced before the record names it, and all of it before the directory appears."""
+    events = []
+    fsync, rename = os.fsync, Path.rename
+
+    def synced(fd):
+        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        events.append(path.name)
+        if path.name == "curvkern.json.tmp":
+            events.append(json.loads(path.read_text()).get("complete", "whole"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", lambda *a: (events.append("renamed"), rename(*a))[1])
+    restore(source, tmp_path / "out")
+    shards = sorted(p.name for p in source.glob("*.safetensors"))
+    for i, shard in enumerate(shards, 1):
+        assert events.index(shard) < events.index(shards[:i])
+        assert events[events.index(shards[:i]) + 1] == "out.partial"
+    end = events.index("renamed")
+    for path in (tmp_path / "out").iterdir():
+        assert path.name in events[:end] or f"{path.name}.tmp" in events[:end]
+    assert events[end - 2 :] == ["whole", "out.partial", "renamed", tmp_path.name]
 
 
 @pytest.fixture
@@ -279,13 +311,6 @@ def test_a_disk_that_is_really_full(save, small_disk, monkeypatch):
     with pytest.raises(CheckpointError, match="the disk is full, while reserving room"):
         restore(source, small_disk / "out", resume=False)
     assert list(small_disk.iterdir()) == []
-
-
-def test_a_locked_directory_is_released_by_death(save, tmp_path):
-    source, out = save(), tmp_path / "out"
-    assert not run_until(15, source, out)
-    stage = Stage(out, {"recipe": {}, "inputs": {}, "output": {}}, overwrite=False, resume=False)
-    stage.discard()
 
 
 MEASURE = """

@@ -277,7 +277,7 @@ def test_config_must_be_an_object(save):
 def test_errors_while_reading(save):
     directory = save()
     with Checkpoint.open(directory) as checkpoint:
-        with pytest.raises(CheckpointError, match="no tensor model.ghost"):
+        with pytest.raises(CheckpointError, match=r"no tensor model.ghost"):
             checkpoint.read("model.ghost")
         name = checkpoint.names[-1]
         file = directory / checkpoint.spec(name).file

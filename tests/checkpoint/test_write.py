@@ -30,6 +30,15 @@ def copy_all(writer):
             writer.copy(name)
 
 
+def copy_all_and(writer, act):
+    copy_all(writer)
+    act()
+
+
+def fail():
+    raise InterruptedError
+
+
 def leftovers(out):
     return [p.name for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.")]
 
@@ -110,10 +119,10 @@ def test_pickled_input_becomes_safetensors(save, generate, tmp_path):
         torch.save({n: state[n] for n in names}, legacy / file)
     weight_map = {n: f for names, f in zip(halves, files, strict=True) for n in names}
     (legacy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with Checkpoint.open(legacy, allow_pickle=True) as checkpoint:
-        with Writer(tmp_path / "out", checkpoint) as writer:
-            copy_all(writer)
-            writer.finish()
+    checkpoint = Checkpoint.open(legacy, allow_pickle=True)
+    with checkpoint, Writer(tmp_path / "out", checkpoint) as writer:
+        copy_all(writer)
+        writer.finish()
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     assert not list((tmp_path / "out").glob("*.bin*"))
     assert torch.equal(generate(tmp_path / "out"), generate(directory))
@@ -227,10 +236,14 @@ def test_a_recipe_is_json(source, tmp_path, recipe):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_exception_leaves_nothing(source, tmp_path, error):
     before = len(os.listdir("/proc/self/fd"))
-    with pytest.raises(error), Writer(tmp_path / "out", source) as writer:
+
+    def fail_midway(writer):
         writer.copy(writer.names[0])
         assert leftovers(tmp_path / "out") == ["out.partial"]
         raise error
+
+    with pytest.raises(error), Writer(tmp_path / "out", source) as writer:
+        fail_midway(writer)
     assert not (tmp_path / "out").exists()
     assert leftovers(tmp_path / "out") == []
     assert len(os.listdir("/proc/self/fd")) == before
@@ -280,9 +293,8 @@ def test_an_empty_target_is_fine(source, tmp_path):
 def test_overwrite_swaps_at_the_end(source, save, tmp_path, contents):
     out = save("out", seed=5, shard="1GB")
     before = contents(out)
-    with pytest.raises(RuntimeError), Writer(out, source, overwrite=True) as writer:
-        copy_all(writer)
-        raise RuntimeError
+    with pytest.raises(InterruptedError), Writer(out, source, overwrite=True) as writer:
+        copy_all_and(writer, fail)
     assert contents(out) == before
     with Writer(out, source, overwrite=True) as writer:
         copy_all(writer)
@@ -303,18 +315,18 @@ def test_a_failed_swap_puts_the_old_output_back(source, save, monkeypatch, conte
         return plain(self, target)
 
     monkeypatch.setattr(type(out), "rename", rename)
-    with pytest.raises(CheckpointError, match="Input/output error"), Writer(out, source, overwrite=True) as writer:
-        copy_all(writer)
-        writer.finish()
+    writer = Writer(out, source, overwrite=True)
+    with pytest.raises(CheckpointError, match="Input/output error"), writer:
+        copy_all_and(writer, writer.finish)
     assert contents(out) == before
     assert leftovers(out) == []
 
 
 def test_a_target_that_appears_meanwhile_is_kept(source, save, tmp_path):
-    with pytest.raises(CheckpointError, match="appeared while"), Writer(tmp_path / "out", source) as writer:
-        copy_all(writer)
-        save("out", seed=5)
-        writer.finish()
+    writer = Writer(tmp_path / "out", source)
+    save("out", seed=5)
+    with pytest.raises(CheckpointError, match="appeared while"), writer:
+        copy_all_and(writer, writer.finish)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
