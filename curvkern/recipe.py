@@ -83,10 +83,12 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}.") from None
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: wanted a mapping (aligned: ..., tuned: ..., method: ...), got {loaded!r}.")
     values = cast("dict[str, Any]", loaded)
-    parameters = {**values.get("parameters", {}), **overrides.pop("parameters", {})}
-    return make_recipe({**values, **overrides, "parameters": parameters}, str(path))
+    if isinstance(values.get("parameters", {}), dict):
+        overrides = {**overrides, "parameters": {**values.get("parameters", {}), **overrides.get("parameters", {})}}
+    return make_recipe({**values, **overrides}, str(path))

@@ -67,3 +67,53 @@ def assert_no_worse_than_torch(got, same_dtype, exact, *, factor=2.0):
 @pytest.fixture
 def no_worse():
     return assert_no_worse_than_torch
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """Directories base, aligned, tuned (sharded tiny Llamas), adapter (LoRA), and harmful.jsonl, task.jsonl."""
+    import json
+    from copy import deepcopy
+
+    import peft
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    root = tmp_path_factory.mktemp("family")
+    ids = {word: i for i, word in enumerate(["<unk>", "</s>", *(f"w{i}" for i in range(62))])}
+    word_level = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "eos_token": "</s>", "pad_token": "</s>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_level, **special)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+
+    def perturbed(model, scale, seed):
+        generator = torch.Generator().manual_seed(seed)
+        copy = deepcopy(model)
+        with torch.no_grad():
+            for parameter in copy.parameters():
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+        return copy
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3,
+                         num_attention_heads=4, num_key_value_heads=2, attention_bias=True)  # fmt: skip
+    base = LlamaForCausalLM(config)
+    aligned = perturbed(base, 0.02, 1)
+    directories = {"base": base, "aligned": aligned, "tuned": perturbed(aligned, 0.01, 2)}
+    for name, model in directories.items():
+        model.save_pretrained(root / name, max_shard_size="40KB")
+        tokenizer.save_pretrained(root / name)
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(deepcopy(aligned), lora)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter.copy_(0.05 * torch.randn_like(parameter))
+    adapted.save_pretrained(root / "adapter")
+    for name, rows in {
+        "harmful": [{"prompt": f"w{i} w{i + 1}", "response": "w1"} for i in range(10)],
+        "task": [{"prompt": f"w{i + 20} w{i + 3} w2", "response": f"w{i + 5}"} for i in range(6)],
+    }.items():
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root

@@ -24,7 +24,7 @@ class Merge(Method):
 
     def edit(self, module: Module, plan: Any) -> Edit:
         """Blend one module; an adapter's B is scaled by 1 - w."""
-        blended = blend_(module.tuned.clone(), module.aligned, self.weight)
+        blended = blend_(module.tuned.float().clone(), module.aligned.float(), self.weight)
         if module.factors is None:
             return Edit(blended)
         b, a, _ = module.factors

@@ -49,7 +49,7 @@ def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
     figure = Figure(figsize=(width, height), layout="constrained")
     draw(figure.subplots())
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

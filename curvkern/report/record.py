@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """What happened to one module. Norms are Frobenius norms of float32 differences.
+    """What happened to one module. Norms are Frobenius norms of float32 differences, over the
+    entries that are finite.
 
     Attributes:
         name: the weight's name in the checkpoint.
@@ -135,7 +136,7 @@ def measure_change(
     for a, t, r in zip(*parts, strict=True):  # bounded memory: a module can be a gigabyte
         changed += int((r != t).sum())
         nonfinite += int((~r.isfinite()).sum())
-        before, after = t.float() - a.float(), r.float() - a.float()
+        before, after = (torch.nan_to_num(x.float() - a.float(), 0.0, 0.0, 0.0) for x in (t, r))
         step = after - before
         for i, (x, y) in enumerate(((before, before), (after, after), (step, step), (before, after))):
             sums[i] += torch.dot(x, y).double().cpu()
