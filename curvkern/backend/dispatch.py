@@ -112,16 +112,18 @@ def triton_missing(device: torch.device) -> str | None:
     return None
 
 
+def backend_missing(backend: str, device: torch.device) -> str | None:
+    """Why no op can take ``backend`` for tensors on ``device`` on this machine, or None."""
+    if backend == "cpu":
+        return f"the tensors are on {device}" if device.type != "cpu" else launch.cpu_missing()
+    if backend == "cuda":
+        return launch.cuda_missing(device)
+    return triton_missing(device) if backend == "triton" else None
+
+
 def _unusable(route: Route, device: torch.device, args: Sequence[Any]) -> str | None:
     """Why ``route`` cannot run this call, or None."""
-    reason: str | None = None
-    if route.backend == "cpu":
-        reason = f"the tensors are on {device}" if device.type != "cpu" else launch.cpu_missing()
-    elif route.backend == "cuda":
-        reason = launch.cuda_missing(device)
-    elif route.backend == "triton":
-        reason = triton_missing(device)
-    return reason or route.refuse(*args)
+    return backend_missing(route.backend, device) or route.refuse(*args)
 
 
 def run(op: str, routes: Sequence[Route], backend: str, args: Sequence[Any]) -> Any:
@@ -133,7 +135,7 @@ def run(op: str, routes: Sequence[Route], backend: str, args: Sequence[Any]) -> 
     device = next(a.device for a in args if isinstance(a, Tensor))
     wanted = requested(op, backend)
     if _explaining.get():
-        raise _Explained(_choices(routes, wanted, device, args))
+        raise _Explained(choices(routes, wanted, device, lambda route: _unusable(route, device, args)))
     reason = f"{op} has no such version; it has {', '.join(r.backend for r in routes)}"
     for route in routes:
         if wanted in ("auto", route.backend):
@@ -153,16 +155,19 @@ def _not_by_itself(route: Route, wanted: str, device: torch.device) -> str | Non
     return None
 
 
-def _choices(routes: Sequence[Route], wanted: str, device: torch.device, args: Sequence[Any]) -> list[Choice]:
-    choices: list[Choice] = []
+def choices(
+    routes: Sequence[Route], wanted: str, device: torch.device, unusable: Callable[[Route], str | None]
+) -> list[Choice]:
+    """What becomes of each route if ``wanted`` is in force and ``unusable`` says why a route cannot run."""
+    found: list[Choice] = []
     for route in routes:
-        reason = _unusable(route, device, args)
+        reason = unusable(route)
         passed_over = reason or _not_by_itself(route, wanted, device)
-        free = not any(choice.chosen for choice in choices)
+        free = not any(choice.chosen for choice in found)
         chosen = passed_over is None and free and wanted in ("auto", route.backend)
         said = passed_over or ("chosen" if chosen else "usable")
-        choices.append(Choice(route.backend, reason is None, said, chosen))
-    return choices
+        found.append(Choice(route.backend, reason is None, said, chosen))
+    return found
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
