@@ -64,7 +64,7 @@ def test_rounding_that_undoes_a_restoration_is_reported(family, tmp_path):
     for name in ("aligned", "tuned"):
         AutoModelForCausalLM.from_pretrained(family / name).bfloat16().save_pretrained(tmp_path / name)
     paths = tmp_path / "aligned", tmp_path / "tuned"
-    report = curvkern.restore(*paths, method="merge", weight=0.01, out=tmp_path / "out")
+    report = curvkern.restore(*paths, method="merge", weight=0.001, out=tmp_path / "out")
     tuned, aligned = tensors(tmp_path / "tuned"), tensors(tmp_path / "aligned")
     different = sum(int((tuned[m.name] != aligned[m.name]).sum()) for m in report.modules)
     assert report.undone_by_rounding > 0.5 * different

@@ -15,8 +15,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ModuleChange:
-    """What happened to one module. Norms are Frobenius norms of float32 differences, over the
-    entries that are finite.
+    """What happened to one module.
+
+    Norms are Frobenius norms of float32 differences, over the entries that are finite.
 
     Attributes:
         name: the weight's name in the checkpoint.
