@@ -85,8 +85,9 @@ def ninja_file(target: Path, cxx: str, nvcc: "str | None") -> str:
 
 class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        target, build = Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve()
+        build = CSRC.parent / "build" / f"native-{sys.implementation.cache_tag}"  # kept: build_temp may not be
         build.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         (build / "build.ninja").write_text(ninja_file(target, *compilers()))
         jobs = ["-j", os.environ["MAX_JOBS"]] if "MAX_JOBS" in os.environ else []
         subprocess.run([shutil.which("ninja") or "ninja", "-C", str(build), *jobs], check=True)
