@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,14 @@ class Adapter:
             raise CheckpointError(f"{self.path}: no factors for {name}: the adapter {how}")
         return self._places[name]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that the checkpoint's weight ``name`` must have."""
-        if name in self._whole:
-            return self.weights.spec(self._whole[name]).shape
-        place = self.place(name)
-        rows, columns = self.weights.spec(place.b_key).shape[0], self.weights.spec(place.a_key).shape[1]
-        return (columns, rows) if place.transposed else (rows, columns)
+    def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Yield the name of each weight it changes and the shape that weight must have."""
+        for name, place in self._places.items():
+            rows = self.weights.spec(place.b_key).shape[0]
+            columns = self.weights.spec(place.a_key).shape[1]
+            yield name, (columns, rows) if place.transposed else (rows, columns)
+        for name, key in self._whole.items():
+            yield name, self.weights.spec(key).shape
 
     def replacement(self, name: str) -> torch.Tensor:
         """Read the tensor that stands in for the checkpoint's ``name``.

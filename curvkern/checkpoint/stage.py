@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -78,20 +79,24 @@ class Stage:
         self.complete: list[str] = []
         try:
             earlier = self._earlier()
-            if earlier is not None and resume:
+            if resume and earlier is not None:
                 self.complete = self._agreed_shards(earlier)
-            else:
+        except BaseException:
+            self.release()
+            raise
+        try:
+            if not self.complete:
                 self._clear()
             self.record()
         except BaseException:
-            self.release()
+            self.release() if resume else self.discard()
             raise
 
     def record(self, *shards: str) -> None:
         """Note that ``shards`` are complete: their data must have reached the disk."""
         self.complete.extend(shards)
         self.write(RECORD, as_json({**self._signature, "complete": self.complete}))
-        os.fsync(self._lock)
+        _sync_directory(self._lock)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file so that it is there whole or not at all."""
@@ -106,7 +111,7 @@ class Stage:
 
     def publish(self) -> None:
         """Give the directory its final name; an old output there is swapped out and removed."""
-        os.fsync(self._lock)
+        _sync_directory(self._lock)
         previous = _previous(self.target)
         occupied = self.target.is_dir() and any(self.target.iterdir())
         if occupied and not self._overwrite:
@@ -120,7 +125,7 @@ class Stage:
                 previous.rename(self.target)
             raise
         parent = os.open(self.target.parent, os.O_RDONLY)
-        os.fsync(parent)
+        _sync_directory(parent)
         os.close(parent)
         if occupied:
             shutil.rmtree(previous, ignore_errors=True)
@@ -201,6 +206,15 @@ def differences(where: str, was: Any, now: Any) -> list[str]:
         keys = [*was, *(key for key in now if key not in was)]
         return [d for key in keys for d in differences(f"{where}.{key}", was.get(key), now.get(key))]
     return [] if was == now else [f"{where} was {was!r}, is {now!r}"]
+
+
+def _sync_directory(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        # Some network mounts cannot do this for a directory; their renames are durable or are not.
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def _previous(target: Path) -> Path:

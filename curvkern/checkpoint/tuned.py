@@ -124,15 +124,16 @@ def open_tuned(path: str | Path, aligned: Checkpoint, *, allow_pickle: bool = Fa
 
 
 def _check_fit(aligned: Checkpoint, adapter: Adapter) -> None:
-    for name in (*adapter.names, *adapter.replaced):
+    for name, wanted in adapter.shapes():
         if name not in aligned:
             near = get_close_matches(name, aligned.names, n=1)
             hint = f"; the nearest name is {near[0]}" if near else ""
             raise CheckpointError(f"{adapter.path}: the adapter changes {name}, which {aligned.path} lacks{hint}")
-        wanted, found = list(adapter.shape(name)), list(aligned.spec(name).shape)
+        found = aligned.spec(name).shape
         if wanted != found:
             raise CheckpointError(
-                f"{adapter.path}: the adapter does not fit {name}: it is for {wanted}, {aligned.path} has {found}"
+                f"{adapter.path}: the adapter does not fit {name}: it is for {list(wanted)}, "
+                f"{aligned.path} has {list(found)}"
             )
 
 

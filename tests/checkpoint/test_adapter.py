@@ -242,6 +242,16 @@ def test_refuses_an_adapter_of_another_model(save, adapt, llama):
             open_tuned(other, aligned)
 
 
+def test_factors_beside_a_whole_tensor_must_fit_too(save, adapt):
+    base = save()
+    directory = adapt(base, target_modules=["embed_tokens"])
+    key = "base_model.model.model.embed_tokens.lora_embedding_A"
+    rewrite(directory, lambda t: t.update({key: torch.zeros(4, 65)}))
+    message = r"does not fit model.embed_tokens.weight: it is for \[65, 32\], .* has \[64, 32\]"
+    with Checkpoint.open(base) as aligned, pytest.raises(CheckpointError, match=message):
+        open_tuned(directory, aligned)
+
+
 def test_not_an_adapter(save, tmp_path):
     base = save()
     with pytest.raises(CheckpointError, match=r"not a LoRA adapter: no adapter_config.json"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -118,6 +119,23 @@ def test_a_tensor_larger_than_the_bound_passes_alone(save, bundle_of, monkeypatc
         time.sleep(0.002)
         if bundle.nbytes(name) > 100:
             assert len(read) == i + 1
+
+
+def test_a_set_is_gone_before_the_next_is_read(save, bundle_of, monkeypatch):
+    bundle = bundle_of(aligned=save("a"), max_bytes=1)
+    last, kept = [], []
+    plain = Bundle.read
+
+    def read(self, name):
+        kept.append(any(reference() is not None for reference in last))
+        tensors = plain(self, name)
+        last[:] = map(weakref.ref, tensors.values())
+        return tensors
+
+    monkeypatch.setattr(Bundle, "read", read)
+    for _, tensors in bundle:
+        del tensors
+    assert kept == [False] * len(bundle)
 
 
 def test_breaking_off_ends_the_thread(save, bundle_of):

@@ -12,10 +12,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from curvkern.checkpoint import Bundle, Checkpoint, CheckpointError, Writer, open_tuned
+from curvkern.checkpoint.format import DTYPES
 
 
 @pytest.fixture
@@ -125,6 +126,8 @@ def test_pickled_input_becomes_safetensors(save, generate, tmp_path):
         writer.finish()
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     assert not list((tmp_path / "out").glob("*.bin*"))
+    with safe_open(tmp_path / "out" / "model-00001-of-00002.safetensors", "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
     assert torch.equal(generate(tmp_path / "out"), generate(directory))
 
 
@@ -155,6 +158,26 @@ def test_any_order_any_memory_layout(source, tmp_path):
         writer.finish()
     for file in source.files:
         assert (tmp_path / "out" / file).read_bytes() == (source.path / file).read_bytes()
+
+
+def test_every_dtype_and_odd_shapes(tmp_path):
+    shapes = [(), (0,), (3, 0, 2), (1,), (2, 3, 5)]
+    tensors = {
+        f"{code}{shape}": torch.full((*shape, dtype.itemsize), 1, dtype=torch.uint8).view(dtype).reshape(shape)
+        for code, dtype in DTYPES.items()
+        for shape in shapes
+    }
+    save_file(tensors, tmp_path / "odd.safetensors", {"format": "pt", "note": "é"})
+    checkpoint = Checkpoint.open(tmp_path / "odd.safetensors")
+    with checkpoint, Writer(tmp_path / "out", checkpoint) as writer:
+        for i, name in enumerate(writer.names):
+            if i % 2:
+                writer.copy(name)
+            else:
+                writer.write(name, tensors[name])
+        writer.finish()
+    wanted = (tmp_path / "odd.safetensors").read_bytes()
+    assert (tmp_path / "out" / "odd.safetensors").read_bytes() == wanted
 
 
 def test_safetensors_accepts_each_file(source, tmp_path):
