@@ -72,7 +72,7 @@ class Writer:
         inputs = {"like": like} if inputs is None else inputs
         self._like, self._resume, self._dtype = like, resume, dtype
         self._recipe = _plain(recipe or {})
-        self._sources = {role: source.path.name for role, source in inputs.items()}
+        self._sources = {role: source.path.resolve().name for role, source in inputs.items()}
         self._layout = Layout(like, dtype)
         self.names = tuple(self._layout.specs)
         roots = [root for source in (like, *inputs.values()) for root in source.roots]
