@@ -127,7 +127,7 @@ def plan_file(
     Returns:
         The file's first bytes (length and header), and where each tensor goes.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    entries: dict[str, Any] = {"__metadata__": {**metadata, "format": metadata.get("format", "pt")}}
     sized: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
     end = 0
     for name, dtype, shape in tensors:
