@@ -79,7 +79,7 @@ def ninja_file(target: Path, cxx: str, nvcc: "str | None") -> str:
         objects[f"cuda_{name}.o"] = f"cuda/{name}.cu", f"$nvcc {codes}"
     edges = [f"build {out}: compile $csrc/{source}\n  compiler = {how}\n" for out, (source, how) in objects.items()]
     edges.append(f"build $target: link {' '.join(objects)}\n")
-    linker = f"{nvcc} -ccbin {cxx} -cudart static" if nvcc else cxx
+    linker = f"{nvcc} -ccbin {cxx} -cudart static -nodlink" if nvcc else cxx
     return NINJA.format(csrc=CSRC, target=target, cxx=cxx, nvcc=nvcc, linker=linker, LINK=LINK) + "".join(edges)
 
 
