@@ -1,0 +1,523 @@
+r"""The alignment direction of a weight, :math:`V = W_a - W_u`, and updates seen against it.
+
+V [o, i] is formed in float32 a block at a time and never kept; :math:`C = V V^T / |V|_F` [o, o] is never formed. There
+is no native kernel: on a GPU Triton's sweeps are bound by bytes; on a CPU the blocks stay in cache and torch's products
+take most of the time (a hand-written AVX-512 sweep gained less than 2x on 4096 x 4096, the same in AVX2 lost).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from curvkern.backend import check
+from curvkern.backend.dispatch import Route, lazily
+from curvkern.backend.register import register
+from curvkern.ops.select import WEIGHTS
+
+_THIN = 256  # columns of x up to which reading the weights costs more than multiplying by them
+
+
+class AlignmentScores(NamedTuple):
+    r"""How an update stands to the alignment direction; 0-dim tensors.
+
+    Attributes:
+        cosine: of the update and its image under C, in [0, 1] up to rounding. An update unrelated to a V of
+            independent entries has about :math:`\sqrt{i / (i + o)}`: compare modules of one shape.
+        shrink: norm of the image over norm of the update.
+        distance: norm of image minus update.
+    """
+
+    cosine: Tensor
+    shrink: Tensor
+    distance: Tensor
+
+
+def alignment_map(x: Tensor, aligned: Tensor, base: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    r"""The image of x under the alignment map, :math:`C x = V (V^T x) / |V|_F` with :math:`V = W_a - W_u`.
+
+    C is symmetric without negative eigenvalues, but no projector: its mean eigenvalue is :math:`|V|_F / o`, for square
+    weights the root mean square of V's entries, so that an image is hundreds of times smaller than its update.
+
+    Args:
+        x: [o, r], any floating dtype: columns such as LoRA's B, or a whole update [o, i].
+        aligned: weight [o, i] of the aligned model; float32, float16, bfloat16 (reference: float64 too).
+        base: the same weight before alignment; its dtype may differ.
+        backend: see `use`.
+
+    Returns:
+        ``(y, norm)``: y [o, r] and the scalar :math:`|V|_F`, float32 (float64 if any input is): half precision would
+        lose an image so much smaller than x. Where aligned equals base both are 0.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        RuntimeError: an input requires grad under grad mode.
+
+    Source: Hsu et al., Safe LoRA (2405.16833), eq. 2. Deterministic.
+    """
+    check.no_grad("alignment_map", x=x, aligned=aligned, base=base)
+    return _alignment_map(x, aligned, base, backend)
+
+
+def alignment_scores(
+    B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor, *, backend: str = "auto"
+) -> AlignmentScores:
+    r"""Cosine, shrink and distance of an update :math:`\Delta = BA` and its image :math:`C\Delta` (`alignment_map`).
+
+    With :math:`Y = CB` and :math:`G = AA^T`, :math:`\langle C\Delta, \Delta\rangle = \mathrm{tr}(Y^T B\,G)` and so on:
+    neither is formed. A LoRA scale would change the distance alone, in proportion.
+
+    Args:
+        B: [o, r], any floating dtype; or, with ``A=None``, a whole update [o, i].
+        A: [r, i], any floating dtype; or None.
+        aligned: weight [o, i] of the aligned model, see `alignment_map`.
+        base: the same weight before alignment.
+        backend: see `use`.
+
+    Returns:
+        `AlignmentScores` in float32 (float64 if any input is). Cosine and shrink are 0 where update or image is.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        RuntimeError: an input requires grad under grad mode.
+
+    Source: the cosine is Safe LoRA's (2405.16833, eq. 3). Deterministic.
+    """
+    check.no_grad("alignment_scores", B=B, A=A, aligned=aligned, base=base)
+    _check_update("alignment_scores", B, A, aligned, base)
+    y, _ = _alignment_map(B, aligned, base, backend)
+    gram = None if A is None else A.double() @ A.double().mT
+    sums = torch.zeros(4, dtype=torch.float64, device=B.device)
+    for rows in _row_slices(B, torch.float64):
+        sums += _products(y[rows].double(), B[rows].double(), gram)
+    return AlignmentScores(*(score.to(y.dtype) for score in _scores(sums)))
+
+
+def alignment_penalty(
+    B: Tensor, A: Tensor, aligned: Tensor | None = None, base: Tensor | None = None, *,
+    basis: Tensor | None = None, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    r"""What the alignment map leaves of an update, :math:`|(I - C) BA|_F^2`, differentiable in A and B.
+
+    With :math:`M = B - CB`, :math:`H = M^T M`, :math:`G = AA^T` the value is :math:`\mathrm{tr}(HG)`, the gradients are
+    :math:`2HA` and :math:`2(M - CM)G`: two sweeps over the weights forward, two backward, and nothing [o, i] or [o, o].
+    The map is so far from a projector that this is close to a decay of BA. With ``basis`` C is :math:`UU^T` instead,
+    and only what leaves the subspace counts.
+
+    Args:
+        B: [o, r], any floating dtype.
+        A: [r, i], any floating dtype. No LoRA scale is applied.
+        aligned: weight [o, i] of the aligned model, see `alignment_map`.
+        base: the same weight before alignment.
+        basis: orthonormal [o, k] instead of both weights, see `subspace_basis`.
+        backend: see `use`; with ``basis`` the products are torch's.
+
+    Returns:
+        Scalar, float32 (float64 if any input is), once differentiable, in full precision under autocast too.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or neither or both of the weights and the basis.
+        RuntimeError: aligned, base or basis requires grad under grad mode.
+
+    Source: Yang et al., AsFT (2506.08473), the regulariser as published. Deterministic.
+    """
+    check.no_grad("alignment_penalty", aligned=aligned, base=base, basis=basis)
+    _check_penalty(B, A, aligned, base, basis)
+    return _Penalty.apply(B, A, aligned, base, basis, backend)
+
+
+def subspace_basis(
+    aligned: Tensor, base: Tensor, rank: int, *,
+    oversample: int = 8, power: int = 2, seed: int = 0, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    r"""Orthonormal basis of the leading left singular directions of :math:`V = W_a - W_u`.
+
+    A randomised range finder: ``2 * power + 2`` sweeps over V, with a QR after each so that small directions survive.
+
+    Args:
+        aligned: weight [o, i]; float32, float16, bfloat16 (reference: float64 too).
+        base: the same weight before alignment; its dtype may differ.
+        rank: columns wanted, at most min(o, i).
+        oversample: further random columns, dropped at the end.
+        power: power iterations: more where the spectrum of V decays slowly.
+        seed: of the random start, which is drawn on the CPU: the same on every device.
+        backend: see `use`.
+
+    Returns:
+        [o, rank], float32 (float64 if any input is), leading direction first, each up to its sign. Columns beyond the
+        numerical rank of V are zero (all of them where aligned equals base): :math:`UU^T` projects onto V alone.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or NaN or infinity in the weights.
+        RuntimeError: an input requires grad under grad mode.
+
+    Source: Halko, Martinsson, Tropp (0909.4061), algorithms 4.4 and 5.1. Deterministic.
+    """
+    check.no_grad("subspace_basis", aligned=aligned, base=base)
+    return _subspace_basis(aligned, base, rank, oversample, power, seed, backend)
+
+
+def project_(
+    x: Tensor, basis: Tensor, *, complement: bool = False, scale: float = 1.0, backend: str = "auto"
+) -> Tensor:
+    r"""Project onto a subspace in place: :math:`x \leftarrow s\,UU^T x`, or :math:`x \leftarrow s\,(x - UU^T x)`.
+
+    Args:
+        x: [o, c]; float32, float16, bfloat16 (reference: float64 too); edited. Float32 inside, one rounding.
+        basis: U [o, k], any floating dtype; its columns are taken to be orthonormal.
+        complement: keep what lies outside the subspace instead.
+        scale: s.
+        backend: see `use`.
+
+    Returns:
+        ``x``.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        RuntimeError: an input requires grad under grad mode.
+
+    Deterministic.
+    """
+    check.no_grad("project_", x=x, basis=basis)
+    _project(x, basis, complement, float(scale), backend)
+    return x
+
+
+def delta_floor(aligned: Tensor, base: Tensor) -> Tensor:
+    """The fraction of weights whose alignment delta is exactly 0, which in trained models means lost to rounding.
+
+    Checkpoints hold rounded weights. Where a third of the deltas is 0, the others carry errors of half their size.
+
+    Args:
+        aligned: any shape, any floating dtype.
+        base: the same shape; its dtype may differ.
+
+    Returns:
+        float32 scalar in [0, 1]; 0 for no weights.
+
+    Raises:
+        ValueError: arguments that do not fit.
+    """
+    check.same_shape("delta_floor", aligned=aligned, base=base)
+    check.same_device("delta_floor", aligned=aligned, base=base)
+    return (aligned == base).sum().float() / max(1, aligned.numel())
+
+
+class _Penalty(torch.autograd.Function):
+    """tr(H G) and its gradients, see `alignment_penalty`."""
+
+    @staticmethod
+    def forward(ctx: Any, B: Tensor, A: Tensor, *where: Any) -> Tensor:
+        """``where``: aligned, base, basis, backend."""
+        dtype = _wide(B, A, *where[:3])
+        with _full_precision(B):
+            b, a = B.to(dtype), A.to(dtype)
+            m = b - _image(b, *where)
+            h, g = m.mT @ m, a @ a.mT
+        ctx.save_for_backward(B, A, m, h, g, *where[:3])
+        ctx.backend = where[3]
+        return (h * g).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        B, A, m, h, g, aligned, base, basis = ctx.saved_tensors
+        grad_b = grad_a = None
+        with _full_precision(m):
+            if ctx.needs_input_grad[0]:
+                left = m - _image(m, aligned, base, basis, ctx.backend)
+                grad_b = (2 * grad * left @ g).to(B.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_a = (2 * grad * h @ A.to(h.dtype)).to(A.dtype)
+        return grad_b, grad_a, None, None, None, None
+
+
+def _image(x: Tensor, aligned: Tensor | None, base: Tensor | None, basis: Tensor | None, backend: str) -> Tensor:
+    """C x by the weights, or U U^T x."""
+    if basis is None:
+        return _alignment_map(x, aligned, base, backend)[0]
+    u = basis.to(x.dtype)
+    return u @ (u.mT @ x)
+
+
+def _products(image: Tensor, update: Tensor, gram: Tensor | None) -> Tensor:
+    """<image, update>, |image|^2, |update|^2, |image - update|^2; with ``gram`` = A A^T those of image A, update A."""
+    gap = image - update
+    pairs = ((image, update), (image, image), (update, update), (gap, gap))
+    return torch.stack([(p * q).sum() if gram is None else (p.mT @ q * gram).sum() for p, q in pairs])
+
+
+def _scores(products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine, shrink and distance from `_products`."""
+    inner, image, update, gap = products.clamp_min(0).unbind()
+    return _over(inner, image.sqrt() * update.sqrt()), _over(image.sqrt(), update.sqrt()), gap.sqrt()
+
+
+def _over(x: Tensor, norm: Tensor) -> Tensor:
+    """Quotient with 0 / 0 = 0; NaN stays NaN."""
+    return x / torch.where(norm == 0, 1.0, norm)
+
+
+def _wide(*tensors: Tensor | None) -> torch.dtype:
+    """What is computed in: float64 if any input is, else float32."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Autocast would round float32 products to half precision, inside a registered op too."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+# reference ------------------------------------------------------------------------------------------------------------
+
+
+def alignment_map_ref(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition of `alignment_map`, in plain torch: V^T x first, or V V^T in tiles where that costs less."""
+    (o, i), c = aligned.shape, x.shape[1]
+    with _full_precision(x):
+        if o * (i + 2 * c) < 4 * i * c:
+            y, square = _apply_tiled(x, aligned, base)
+        else:
+            t, square = _adjoint(x, aligned, base)
+            y = _apply(t, aligned, base)
+    norm = square.sqrt().to(y.dtype)
+    return _over(y, norm), norm
+
+
+def alignment_scores_ref(B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> AlignmentScores:
+    """The definition of `alignment_scores`, in plain torch: update and image are formed."""
+    dtype = _wide(B, A, aligned, base)
+    update = B.to(dtype) if A is None else B.to(dtype) @ A.to(dtype)
+    return AlignmentScores(*_scores(_products(alignment_map_ref(update, aligned, base)[0], update, None)))
+
+
+def alignment_penalty_ref(
+    B: Tensor, A: Tensor, aligned: Tensor | None = None, base: Tensor | None = None, basis: Tensor | None = None
+) -> Tensor:
+    """The definition of `alignment_penalty`, in plain torch that autograd can follow: update and image are formed."""
+    dtype = _wide(B, A, aligned, base, basis)
+    update = B.to(dtype) @ A.to(dtype)
+    if aligned is None or base is None:
+        image = _image(update, None, None, basis, "reference")
+    else:
+        v = aligned.to(dtype) - base.to(dtype)
+        image = _over(v @ (v.mT @ update), v.norm())
+    return (update - image).square().sum()
+
+
+def subspace_basis_ref(aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int) -> Tensor:
+    """The definition of `subspace_basis`, in plain torch."""
+    return _range_finder(_adjoint, _apply, aligned, base, rank, oversample, power, seed)
+
+
+def project_ref(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
+    """The definition of `project_`, in plain torch."""
+    with _full_precision(x):
+        t, _ = _adjoint(basis, x, None)
+        for rows, wide in _blocks(x, None, t.dtype, x.shape[1]):
+            inside = basis[rows].to(t.dtype) @ t.mT
+            x[rows] = scale * (wide - inside if complement else inside)
+
+
+def _adjoint(x: Tensor, aligned: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
+    """V^T x [i, c], and |V|_F^2 in float64."""
+    dtype = _wide(x, aligned, base)
+    t = torch.zeros(aligned.shape[1], x.shape[1], dtype=dtype, device=x.device)
+    square = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows, v in _blocks(aligned, base, dtype, x.shape[1]):
+        t.addmm_(v.mT, x[rows].to(dtype))
+        square += _square(v)
+    return t, square
+
+
+def _apply(t: Tensor, aligned: Tensor, base: Tensor) -> Tensor:
+    """V t [o, c]."""
+    y = torch.empty(len(aligned), t.shape[1], dtype=t.dtype, device=t.device)
+    for rows, v in _blocks(aligned, base, t.dtype, t.shape[1]):
+        torch.mm(v, t, out=y[rows])
+    return y
+
+
+def _apply_tiled(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    """V V^T x and |V|_F^2, tile by tile of V V^T; a tile off the diagonal serves on both sides of it."""
+    dtype = _wide(x, aligned, base)
+    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
+    square = torch.zeros((), dtype=torch.float64, device=x.device)
+    for rows, v in _blocks(aligned, base, dtype):
+        square += _square(v)
+        for cols, u in _blocks(aligned[: rows.stop], base[: rows.stop], dtype):
+            tile = v @ u.mT
+            y[rows].addmm_(tile, x[cols].to(dtype))
+            if cols != rows:
+                y[cols].addmm_(tile.mT, x[rows].to(dtype))
+    return y, square
+
+
+def _range_finder(
+    adjoint: Callable[..., tuple[Tensor, Tensor]], apply: Callable[..., Tensor],
+    aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int,
+) -> Tensor:  # fmt: skip
+    """`subspace_basis` from V^T x and V t."""
+    dtype = _wide(aligned, base)
+    width = min(rank + oversample, *aligned.shape)
+    start = torch.randn(aligned.shape[1], width, generator=torch.Generator().manual_seed(seed))
+    with _full_precision(aligned):
+        sample = apply(start.to(aligned.device, dtype), aligned, base)
+        if not sample.isfinite().all():
+            raise ValueError("subspace_basis: aligned or base holds NaN or infinity; look into the checkpoints.")
+        q = torch.linalg.qr(sample).Q
+        for _ in range(power):
+            z = torch.linalg.qr(adjoint(q, aligned, base)[0]).Q
+            q = torch.linalg.qr(apply(z, aligned, base)).Q
+        # V is near Q Q^T V, and V^T Q = Z R: the left singular vectors of the small R^T turn Q onto those of V.
+        left, values, _ = torch.linalg.svd(torch.linalg.qr(adjoint(q, aligned, base)[0]).R.mT)
+        seen = values > width * torch.finfo(dtype).eps * values[0]
+        return q @ (left * seen)[:, :rank]
+
+
+def _blocks(
+    aligned: Tensor, base: Tensor | None, dtype: torch.dtype, width: int = _THIN + 1
+) -> Iterator[tuple[slice, Tensor]]:
+    """Row blocks of V, one after the other in one buffer; ``width``: columns of what each is multiplied by."""
+    cached = aligned.device.type == "cpu" and width <= _THIN
+    parts = _row_slices(aligned, dtype, 2**20 if cached else 2**25)
+    buffer = torch.empty(parts[0].stop if parts else 0, aligned.shape[1], dtype=dtype, device=aligned.device)
+    for rows in parts:
+        v = buffer[: rows.stop - rows.start].copy_(aligned[rows])
+        yield rows, v if base is None else v.sub_(base[rows])
+
+
+def _row_slices(matrix: Tensor, dtype: torch.dtype, limit: int = 2**25) -> list[slice]:
+    """Row blocks of at most ``limit`` bytes in ``dtype``, or of one row."""
+    n, step = len(matrix), max(1, limit // max(1, matrix.shape[1] * dtype.itemsize))
+    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def _square(v: Tensor) -> Tensor:
+    """|v|_F^2: norms of rows in v's precision, their sum in float64."""
+    return torch.linalg.vector_norm(v, dim=1).double().square().sum()
+
+
+# checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _matrices(op: str, **tensors: Tensor | None) -> None:
+    """Raise unless all given tensors are floating matrices on one device."""
+    for name, tensor in tensors.items():
+        check.dtype(op, name, tensor, WEIGHTS)
+        if tensor is not None and tensor.ndim != 2:
+            raise ValueError(f"{op}: {name} has shape {list(tensor.shape)}; wanted a matrix (2-D).")
+    check.same_device(op, **tensors)
+
+
+def _check_map(x: Tensor, aligned: Tensor, base: Tensor) -> None:
+    _matrices("alignment_map", x=x, aligned=aligned, base=base)
+    check.same_shape("alignment_map", aligned=aligned, base=base)
+    check.shape("alignment_map", "x", x, (len(aligned), x.shape[1]), "a row for each row of aligned")
+
+
+def _check_update(op: str, B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> None:
+    _matrices(op, B=B, A=A, aligned=aligned, base=base)
+    check.same_shape(op, aligned=aligned, base=base)
+    if A is None:
+        check.shape(op, "B", B, aligned.shape, "the whole update, as A is None")
+    else:
+        check.shape(op, "B", B, (len(aligned), len(A)), "[o, r] beside A [r, i]")
+        check.shape(op, "A", A, (len(A), aligned.shape[1]), "[r, i]")
+
+
+def _check_penalty(B: Tensor, A: Tensor, aligned: Tensor | None, base: Tensor | None, basis: Tensor | None) -> None:
+    op = "alignment_penalty"
+    if basis is None:
+        check.needed(op, "the alignment map (there is no basis)", aligned=aligned, base=base)
+    elif aligned is not None or base is not None:
+        raise ValueError(f"{op}: basis is given beside aligned or base; pass the basis, or both weights.")
+    if aligned is not None and base is not None:
+        _check_update(op, B, A, aligned, base)
+    if basis is not None:
+        _matrices(op, B=B, A=A, basis=basis)
+        check.shape(op, "B", B, (len(basis), len(A)), "[o, r] beside A [r, i] and basis [o, k]")
+
+
+def _check_basis(aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int) -> None:
+    _matrices("subspace_basis", aligned=aligned, base=base)
+    check.same_shape("subspace_basis", aligned=aligned, base=base)
+    check.at_least("subspace_basis", "rank", rank, 1)
+    check.at_least("subspace_basis", "oversample", oversample, 0)
+    check.at_least("subspace_basis", "power", power, 0)
+    if rank > min(aligned.shape):
+        raise ValueError(
+            f"subspace_basis: rank is {rank}, but aligned is {list(aligned.shape)}; "
+            f"wanted at most min(o, i) = {min(aligned.shape)}. Lower it."
+        )
+
+
+def _check_project(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
+    _matrices("project_", x=x, basis=basis)
+    check.shape("project_", "basis", basis, (len(x), basis.shape[1]), "a row for each row of x")
+
+
+def _refuse(*arguments: object) -> str | None:
+    double = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
+    return "float64 runs on the reference only" if double else None
+
+
+def _refuse_map(x: Tensor, aligned: Tensor, base: Tensor) -> str | None:
+    if x.shape[1] > _THIN:
+        return f"x has more than {_THIN} columns: the library's products on blocks of V are faster"
+    return _refuse(x, aligned, base)
+
+
+def _refuse_project(x: Tensor, basis: Tensor, *_: object) -> str | None:
+    if not x.is_contiguous():
+        return "x is not contiguous"
+    return "basis has no columns" if basis.shape[1] == 0 else _refuse(x, basis)
+
+
+# registration ---------------------------------------------------------------------------------------------------------
+
+
+def _fake_map(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = _wide(x, aligned, base)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=dtype)
+
+
+_alignment_map = register(
+    "alignment_map(Tensor x, Tensor aligned, Tensor base, str backend) -> (Tensor, Tensor)",
+    check=_check_map,
+    fake=_fake_map,
+    routes=(
+        Route("triton", lazily("curvkern.kernels.subspace:alignment_map"), _refuse_map),
+        Route("reference", alignment_map_ref),
+    ),
+)
+
+_subspace_basis = register(
+    "subspace_basis(Tensor aligned, Tensor base, int rank, int oversample, int power, int seed, str backend) -> Tensor",
+    check=_check_basis,
+    fake=lambda aligned, base, rank, *_: aligned.new_empty(len(aligned), rank, dtype=_wide(aligned, base)),
+    routes=(
+        Route(
+            "triton",
+            functools.partial(
+                _range_finder, lazily("curvkern.kernels.subspace:adjoint"), lazily("curvkern.kernels.subspace:apply")
+            ),
+            _refuse,
+        ),
+        Route("reference", subspace_basis_ref),
+    ),
+)
+
+_project = register(
+    "project_(Tensor(a!) x, Tensor basis, bool complement, float scale, str backend) -> ()",
+    check=_check_project,
+    routes=(
+        Route("triton", lazily("curvkern.kernels.subspace:project"), _refuse_project),
+        Route("reference", project_ref),
+    ),
+)
