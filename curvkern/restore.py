@@ -14,7 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import AdapterWriter, Bundle, Writer
-    from curvkern.evaluate.data import Example
+    from curvkern.evaluate import Example
     from curvkern.methods import Edit, Evidence, Method, Module
     from curvkern.recipe import Recipe
     from curvkern.report import ModuleChange, Report
@@ -190,7 +190,7 @@ def _given(value: Path | None, recipe: Recipe, argument: str) -> Path:
 
 def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     """The JSON Lines that the method needs, read before anything heavy."""
-    from curvkern.evaluate.data import read_jsonl
+    from curvkern.evaluate import read_jsonl
 
     for argument in ("base", "harmful", "task"):
         if argument in method.needs:
@@ -214,10 +214,10 @@ def _evidence(
     from transformers import AutoTokenizer
 
     from curvkern.curvature import HiddenEvidence
-    from curvkern.evaluate.generate import chat_prompt
+    from curvkern.evaluate import chat_prompt
 
     tokenizer: Any = AutoTokenizer.from_pretrained(bundle.sources["aligned"].path)
-    prompts = {key: [chat_prompt(tokenizer, row.messages or row.prompt) for row in rows] for key, rows in data.items()}
+    prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
     judge = score or _exact_match(data["task"], recipe)
     tuned = bundle.sources["tuned"]
     return HiddenEvidence(
@@ -232,8 +232,7 @@ def _evidence(
 
 def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
     """The share of task prompts that a model answers, greedily, with exactly the expected response."""
-    from curvkern.evaluate.generate import generate
-    from curvkern.evaluate.task import task_accuracy
+    from curvkern.evaluate import generate, task_accuracy
 
     expected = [row.response for row in rows if row.response is not None]
     if len(expected) < len(rows):
@@ -244,7 +243,7 @@ def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
 
     def score(model: Any, tokenizer: Any) -> float:
         longest = max(len(tokenizer.encode(text)) for text in expected)
-        answers = generate(model, tokenizer, [row.messages or row.prompt for row in rows], max_new_tokens=longest + 4)
+        answers = generate(model, tokenizer, [row.asked() for row in rows], max_new_tokens=longest + 4)
         return task_accuracy(answers, expected).value
 
     return score
