@@ -170,6 +170,10 @@ def choices(
     return found
 
 
+# torch bumps the version of what an op says it edits, before the op is asked: nothing was edited here.
+_same_version = torch.autograd.grad_mode._unsafe_preserve_version_counter  # pyright: ignore[reportPrivateUsage]
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     """Which backend ``op(*args, **kwargs)`` would take, and why not the others. Runs nothing.
 
@@ -186,7 +190,11 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     """
     token = _explaining.set(True)
     try:
-        op(*args, **kwargs)
+        with contextlib.ExitStack() as kept:
+            for argument in (*args, *kwargs.values()):
+                if isinstance(argument, Tensor) and not argument.is_inference():
+                    kept.enter_context(_same_version(argument))
+            op(*args, **kwargs)
     except _Explained as explained:
         return explained.choices
     finally:

@@ -1,0 +1,60 @@
+"""What registration promises of every op."""
+
+import re
+
+import pytest
+import torch
+
+from curvkern.backend.dispatch import BACKENDS, Route
+from curvkern.backend.register import REGISTERED, register
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_the_reference_comes_last_and_can_always_run(name):
+    backends = [route.backend for route in REGISTERED[name]]
+    assert backends[-1] == "reference"
+    assert len(set(backends)) == len(backends)
+    assert set(backends) <= set(BACKENDS)
+    assert backends == sorted(backends, key=["cuda", "cpu", "triton", "reference"].index)
+
+
+@pytest.mark.parametrize("name", REGISTERED)
+def test_ops_are_torchs_and_end_with_the_backend(name):
+    schema = getattr(torch.ops.curvkern, name).default._schema
+    assert (schema.arguments[-1].name, str(schema.arguments[-1].type)) == ("backend", "str")
+    edits = [argument.name for argument in schema.arguments if argument.alias_info and argument.alias_info.is_write]
+    assert bool(edits) == name.endswith("_"), f"{name} edits {edits}: a name ends with _ where the first argument is"
+
+
+@pytest.fixture(scope="module")
+def doubled():
+    """An op made here: y <- 2 x, in place, with one route."""
+    seen = []
+
+    def reference(other, x):
+        x.mul_(2)
+
+    call = register(
+        "test_doubled_(Tensor(a!)? other, Tensor(b!) x, str backend) -> ()",
+        check=lambda other, x: seen.append(tuple(x.shape)),
+        routes=(Route("reference", reference),),
+    )
+    yield call, seen
+    del REGISTERED["test_doubled_"]
+
+
+def test_mutated_arguments_are_read_off_the_schema(doubled):
+    x = torch.ones(3)
+    doubled[0](None, x, "auto")
+    assert (x.tolist(), x._version > 0) == ([2, 2, 2], True)
+
+
+def test_real_and_fake_tensors_are_checked_alike(doubled):
+    call, seen = doubled
+    seen.clear()
+    step = torch.compile(lambda x: call(None, x, "auto"), fullgraph=True, backend="aot_eager")
+    x = torch.ones(5)
+    step(x)
+    assert x.tolist() == [2] * 5
+    assert len(seen) >= 2
+    assert all(re.fullmatch(r"\((5|s\d+),\)", str(shape)) for shape in seen)
