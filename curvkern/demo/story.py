@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from curvkern.demo import DemoModels
-    from curvkern.evaluate import Evaluation
+    from curvkern.evaluate import Evaluation, Rate
     from curvkern.report import Report
 
 
@@ -99,10 +99,14 @@ def _evaluated(name: str, path: Path, models: DemoModels, report: Report | None 
     return Line(name, evaluate(path, **models.evaluation_sets()), report)
 
 
+def _percent(rate: Rate | None) -> float:
+    return float("nan") if rate is None else 100 * rate.value
+
+
 _COLUMNS: dict[str, Callable[[Line], str]] = {
-    "harmful rate": lambda line: f"{100 * line.evaluation.harmful.value:.1f} %",
-    "over-refusal": lambda line: f"{100 * line.evaluation.over_refusal.value:.1f} %",
-    "task accuracy": lambda line: f"{100 * line.evaluation.task.value:.1f} %",
+    "harmful rate": lambda line: f"{_percent(line.evaluation.harmful):.1f} %",
+    "over-refusal": lambda line: f"{_percent(line.evaluation.over_refusal):.1f} %",
+    "task accuracy": lambda line: f"{_percent(line.evaluation.task):.1f} %",
     "weights changed": lambda line: f"{100 * line.report.changed / line.report.weights:.2f} %" if line.report else "",
     "seconds": lambda line: f"{line.report.seconds:.1f}" if line.report else "",
     "peak memory": lambda line: f"{(line.report.peak_memory or 0) / 2**20:.0f} MiB" if line.report else "",
@@ -134,7 +138,7 @@ def _scatter(axes: Axes, lines: list[Line]) -> None:
 
     for i, line in enumerate(lines):
         marker = "s" if line.report is None else "o"
-        point = (100 * line.evaluation.task.value, 100 * line.evaluation.harmful.value)
+        point = (_percent(line.evaluation.task), _percent(line.evaluation.harmful))
         axes.plot(*point, marker, color=COLOURS[i % len(COLOURS)], label=line.name.strip(), markersize=7)
     axes.set(xlabel="task accuracy, %", ylabel="harmful rate, %", xlim=(-5, 105), ylim=(-5, 105))
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -31,7 +31,8 @@ class SafeLora(Method):
     singular directions of V, which keeps the part of the update that lies along the alignment.
 
     ``select="number"`` takes the modules whose cosine (rounded to five decimals, as published) is at most the
-    ``number``-th smallest, so ties can exceed it; ``"threshold"`` those at or below ``threshold``. Cosines of wide and
+    ``number``-th smallest, so ties can exceed it; ``"threshold"`` those at or below ``threshold``. Modules that
+    fine-tuning left alone do not count. Cosines of wide and
     tall matrices differ for geometric reasons alone; ``per_kind`` ranks each kind of module by itself.
     """
 
@@ -52,6 +53,8 @@ class SafeLora(Method):
         cosine: dict[str, float] = {}
         groups: dict[str, list[str]] = defaultdict(list)
         for module in modules():
+            if not _is_updated(module):
+                continue
             cosine[module.name] = round(self._cosine(module), 5)
             groups[module.kind if self.per_kind else "all"].append(module.name)
         chosen: set[str] = set()
@@ -70,7 +73,7 @@ class SafeLora(Method):
 
     def edit(self, module: Module, plan: _Plan) -> Edit:
         """Replace one module's update if it was chosen."""
-        notes = {"cosine": plan.cosine[module.name]}
+        notes = {"cosine": plan.cosine[module.name]} if module.name in plan.cosine else {}
         if module.name not in plan.chosen:
             return Edit(notes=notes)
         aligned = module.aligned.float()
@@ -88,14 +91,13 @@ class SafeLora(Method):
         return project_(x.clone(), self._basis(module))
 
     def _cosine(self, module: Module) -> float:
-        """cos(C Delta, Delta); 0 for an update that is zero."""
+        """cos(C Delta, Delta)."""
         b, a = _update(module)
         if self.projector == "gram":
             return float(alignment_scores(b, a, module.aligned, _base(module)).cosine)
         inside = self._basis(module).T @ b  # for a projector, cos = |U^T Delta| / |Delta|
         gram = a @ a.T if a is not None else None
-        norm = _norm(b, gram)
-        return float(_norm(inside, gram) / norm) if norm > 0 else 0.0
+        return float(_norm(inside, gram) / _norm(b, gram))
 
     def _basis(self, module: Module) -> Tensor:
         return subspace_basis(module.aligned, _base(module), min(self.rank, *module.aligned.shape))
@@ -112,6 +114,11 @@ def _update(module: Module) -> tuple[Tensor, Tensor | None]:
     if module.factors is not None:
         return module.factors[0].float(), module.factors[1].float()
     return module.tuned.float() - module.aligned.float(), None
+
+
+def _is_updated(module: Module) -> bool:
+    """Whether fine-tuning changed the module: a zero update has no direction and is ranked nowhere."""
+    return all(bool(x.any()) for x in _update(module) if x is not None)
 
 
 def _norm(b: Tensor, gram: Tensor | None) -> Tensor:
