@@ -32,8 +32,8 @@ class SafeLora(Method):
 
     ``select="number"`` takes the modules whose cosine (rounded to five decimals, as published) is at most the
     ``number``-th smallest, so ties can exceed it; ``"threshold"`` those at or below ``threshold``. Modules that
-    fine-tuning left alone do not count. Cosines of wide and
-    tall matrices differ for geometric reasons alone; ``per_kind`` ranks each kind of module by itself.
+    fine-tuning left alone do not count. Cosines of wide and tall matrices differ for geometric reasons alone;
+    ``per_kind`` ranks each kind of module by itself.
     """
 
     name: ClassVar[str] = "safe_lora"
