@@ -71,7 +71,8 @@ def imported(path):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{a.name}" if node.module == "curvkern" else node.module for a in node.names)
         elif isinstance(node, ast.Constant) and re.fullmatch(r"curvkern(\.\w+)+(:\w+)?", str(node.value)):
-            yield node.value.split(":")[0]
+            if node.value.split(".")[1] in {*MAY_IMPORT, "_C"}:
+                yield node.value.split(":")[0]
 
 
 def name(path):
