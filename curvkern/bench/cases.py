@@ -75,6 +75,50 @@ def _rollback() -> list[Case]:
     return cases + [case(shape, dtype, size) for shape, size in measured for dtype in (torch.float32, torch.bfloat16)]
 
 
+def _subspace() -> list[Case]:
+    """Sizes at the borders of a strip (128), a step (32), a share (128), a column tile (16, 64); Llama's layers."""
+
+    def near(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:
+        aligned = random(*shape, dtype=dtype, device=device, seed=seed)
+        return aligned, (aligned.float() + 0.1 * random(*shape, device=device, seed=seed + 1)).to(dtype)
+
+    def update(o: int, i: int, r: int, dtype: torch.dtype, size: Size) -> list[Case]:
+        def image(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (random(o, r, device=device, seed=1), *near((o, i), dtype, device, 2)), {}
+
+        def scores(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            factors = random(o, r, device=device, seed=1), random(r, i, device=device, seed=4)
+            return (*factors, *near((o, i), dtype, device, 2)), {}
+
+        # V^T x must be complete before V multiplies it: both weights are read twice.
+        cost = {"bytes": 4 * o * i * dtype.itemsize + 8 * o * r, "flops": 4 * o * i * r}
+        label = f"{o}x{i} r{r}"
+        return [
+            Case("subspace", "alignment_map", label, dtype, size, image, **cost),
+            Case("subspace", "alignment_scores", label, dtype, size, scores, **cost),
+        ]
+
+    def projection(o: int, c: int, k: int, dtype: torch.dtype, size: Size, complement: bool = True) -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            basis = torch.linalg.qr(random(o, k, seed=1)).Q.to(device)
+            return (random(o, c, dtype=dtype, device=device, seed=2), basis), {"complement": complement, "scale": 0.5}
+
+        # x is read for its coordinates, then read and written.
+        cost = {"bytes": 3 * o * c * dtype.itemsize + 8 * o * k, "flops": 4 * o * c * k}
+        return Case("subspace", "project_", f"{o}x{c} k{k}", dtype, size, make, **cost)
+
+    edges = [(0, 3, 2), (3, 0, 2), (3, 2, 0), (1, 1, 1), (31, 129, 16), (129, 33, 17), (257, 7, 3), (5, 130, 65)]
+    projected = [(0, 3, 0), (3, 0, 2), (1, 1, 1), (129, 63, 3), (40, 65, 33)]
+    measured: list[tuple[int, int, Size]] = [(1024, 1024, "s"), (4096, 4096, "m"), (11008, 4096, "l")]
+    cases = [case for shape in edges for dtype in FLOATS for case in update(*shape, dtype, "edge")]
+    cases += [projection(o, c, k, dtype, "edge", k % 2 == 0) for o, c, k in projected for dtype in FLOATS]
+    for o, i, size in measured:
+        cases += [case for dtype in (torch.float32, torch.bfloat16) for case in update(o, i, 16, dtype, size)]
+        cases += [projection(o, i, 64, dtype, size) for dtype in (torch.float32, torch.bfloat16)]
+    return cases
+
+
 CASES: dict[str, list[Case]] = {
     "rollback": _rollback(),
+    "subspace": _subspace(),
 }

@@ -133,13 +133,13 @@ def project_kernel(
     x = tl.load(x_ptr + offs, mask=inside, other=0.0)
     if COMPLEMENT:
         y = x.to(tl.float32) - y
-    tl.store(x_ptr + offs, (scale.to(tl.float32) * y).to(x.dtype), mask=inside)
+    tl.store(x_ptr + offs, (scale * y).to(x.dtype), mask=inside)
 
 
 def adjoint(x: Tensor, aligned: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
     """(V^T x [i, r], |V|_F^2 in float64) of V = aligned - base [o, i] and x [o, r]."""
     (rows, cols), width = aligned.shape, x.shape[1]
-    if not (rows and cols and width):
+    if not (rows and cols):
         return aligned.new_zeros(cols, width, dtype=torch.float32), aligned.new_zeros((), dtype=torch.float64)
     grid, share_rows, options = _shares(cols, rows, width, aligned)
     t = torch.empty(grid[1], cols, width, dtype=torch.float32, device=x.device)
@@ -184,7 +184,7 @@ def project(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
 def _shares(strips: int, summed: int, width: int, weight: Tensor) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
     """The grid (strips, shares, column tiles), the length of a share, and the launch's options."""
     block = max(16, min(64, triton.next_power_of_2(width)))
-    outer = (triton.cdiv(strips, STRIP), triton.cdiv(width, block))
+    outer = (triton.cdiv(strips, STRIP), max(1, triton.cdiv(width, block)))  # without columns |V| is wanted still
     shares = max(1, min(PROGRAMS // (outer[0] * outer[1]), triton.cdiv(summed, 4 * STEP)))
     length = STEP * triton.cdiv(summed, STEP * shares)
     stages = 2 if weight.dtype == torch.float32 else 4  # what fits into 99 KiB of shared memory
