@@ -73,9 +73,10 @@ class HiddenEvidence:
         self.layer_parameters = sum(p.numel() for p in stack.parameters())
         reached = {id(p) for layer in list(stack)[:depth] for p in _linear_parameters(layer)}
         named = dict(self.model.named_parameters())
-        self.weights: Mapping[str, Tensor] = {name: p for name, p in named.items() if id(p) in reached}
+        self._parameters = {name: p for name, p in named.items() if id(p) in reached}
+        self.weights: Mapping[str, Tensor] = {name: p.detach() for name, p in self._parameters.items()}
         for name, parameter in named.items():
-            parameter.requires_grad_(name in self.weights)
+            parameter.requires_grad_(name in self._parameters)
 
         self._anchors = {"harmful": self._anchor("harmful")}
         self._load(tuned)
@@ -92,7 +93,7 @@ class HiddenEvidence:
         for batch in self._batches[data]:
             mean = self._hidden(batch).float().mean(0)
             (-cosine_similarity(mean, self._anchors[data], dim=0)).backward()
-            for name, parameter in self.weights.items():
+            for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     self._sums[name] += parameter.grad
                     parameter.grad = None
