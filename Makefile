@@ -11,13 +11,13 @@ OUT ?= out
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test bench gpu-check wheel lint format build clean
+.PHONY: demo test bench gpu-check has-gpu wheel lint format build clean
 
 ifdef SYSTEM
 PY := $(PYTHON)
 READY :=
 ISOLATION := --no-build-isolation
-JOBS := $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && echo -n 2)
+JOBS := $(shell $(PYTHON) -c 'import xdist' 2>/dev/null && printf -- '-n 2')
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PY := $(VENV)/bin/python
@@ -37,14 +37,17 @@ bench: build
 
 # Builds for the GPU of this machine only; logs go to OUT, the table comes last.
 gpu-check: export CURVKERN_CUDA := 1
-gpu-check: export CURVKERN_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | tr -d . | sort -u | paste -sd ';')
-gpu-check: build
+gpu-check: export CURVKERN_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd ';')
+gpu-check: has-gpu build
 	mkdir -p $(OUT)
 	$(PY) -m curvkern env | tee $(OUT)/env.txt
 	status=0
-	$(PY) -m pytest -m gpu -ra --junitxml=$(OUT)/gpu.xml $(ARGS) 2>&1 | tee $(OUT)/gpu.log || status=$$?
+	$(PY) -m pytest -m gpu -ra --continue-on-collection-errors --junitxml=$(OUT)/gpu.xml $(ARGS) 2>&1 | tee $(OUT)/gpu.log || status=$$?
 	$(PY) tests/summary.py $(OUT)/gpu.xml | tee $(OUT)/gpu.md
 	exit $$status
+
+has-gpu:
+	@nvidia-smi -L || { echo "gpu-check: nvidia-smi shows no GPU here" >&2; exit 1; }
 
 wheel: $(READY)
 	rm -rf build/lib.*
