@@ -84,6 +84,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace curvkern;
   m.attr("ABI") = kAbi;
   m.attr("ROLLBACK_BLOCK") = kRollbackBlock;
+  m.attr("SELECT_SCRATCH") = kSelectScratch;
   m.attr("CPU_ISA") = best_isa() == Isa::kAvx512 ? "avx512" : best_isa() == Isa::kAvx2 ? "avx2" : "generic";
 #ifdef CURVKERN_CUDA
   m.attr("CUDA_ARCHS") = CURVKERN_CUDA_ARCHS;
@@ -105,4 +106,7 @@ PYBIND11_MODULE(_C, m) {
   CUDA(rollback_ties);
   CPU(blend);
   CUDA(blend);
+  CPU(select_histogram);
+  CUDA(select_histogram);
+  CPU(select_blocks);
 }

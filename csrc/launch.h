@@ -14,6 +14,8 @@ constexpr int kAbi = 1;
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
 enum class Gate : int32_t { kNone = 0, kDescent = 1, kConflict = 2 };
+enum class Count : int32_t { kNumber = 0, kFraction = 1, kSpare = 2 };  // K, ceil(fraction n), n - floor(spare n)
+enum class Ties : int32_t { kNone = 0, kFirst = 1, kLast = 2 };
 
 // 0: done. Above 0: a cudaError_t. Below 0: one of these.
 using Status = int32_t;
@@ -58,6 +60,26 @@ CURVKERN_CPU_LAUNCHER(rollback_ties(int64_t* ties, const void* weight, const voi
 CURVKERN_CPU_LAUNCHER(blend(void* weight, const void* target, const float* alpha, int64_t rows, int64_t cols,
                             int64_t tile_rows, int64_t tile_cols, DType dtype, int threads))
 
+// select -----------------------------------------------------------------------------------------------------------
+// A candidate is a weight that mask and gate let through and whose score is a number. Without boundary:
+// histogram[score_key >> 16] += 1 for each; with it: histogram[score_key & 0xffff] += 1 for those with score_key >> 16
+// == *boundary. tallies[0] += candidates, tallies[1] += those that would be candidates but for a NaN score. What rule
+// and gate do not look at may be null. scratch, 64-byte aligned: kSelectScratch numbers for each thread.
+constexpr int64_t kSelectBins = 1 << 16, kSelectScratch = kSelectBins + 16;
+
+CURVKERN_CPU_LAUNCHER(select_histogram(int64_t* histogram, int64_t* tallies, uint32_t* scratch, const void* weight,
+                                       const void* target, const int64_t* boundary, const uint8_t* mask_bits,
+                                       const uint8_t* mask_bytes, const void* grad, const float* fisher,
+                                       const void* direction, int64_t n, Rule rule, Gate gate, DType dtype,
+                                       DType grad_dtype, int threads))
+// selected[r, c] = 1 where the weight ranks among the K largest candidates of its tile, else 0; K counts all weights of
+// the tile (of_all) or its candidates. scratch: for each thread kSelectScratch + a tile's weights, rounded up to 2048.
+CURVKERN_CPU_LAUNCHER(select_blocks(uint8_t* selected, uint32_t* scratch, const void* weight, const void* target,
+                                    const void* grad, const float* fisher, const void* direction, int64_t rows,
+                                    int64_t cols, int64_t tile_rows, int64_t tile_cols, double amount, Count count,
+                                    bool of_all, Ties take, Rule rule, Gate gate, DType dtype, DType grad_dtype,
+                                    int threads))
+
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
                 const int64_t* tie_offsets, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,
@@ -68,6 +90,10 @@ Status rollback_ties(int64_t* ties, const void* weight, const void* target, cons
                      Rule rule, Gate gate, DType dtype, DType grad_dtype, int device, void* stream);
 Status blend(void* weight, const void* target, const float* alpha, int64_t rows, int64_t cols, int64_t tile_rows,
              int64_t tile_cols, DType dtype, int device, void* stream);
+Status select_histogram(int64_t* histogram, int64_t* tallies, const void* weight, const void* target,
+                        const int64_t* boundary, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,
+                        const float* fisher, const void* direction, int64_t n, Rule rule, Gate gate, DType dtype,
+                        DType grad_dtype, int device, void* stream);
 
 // What this binary carries and what the driver says; used by `curvkern env`.
 int device_count(Status* status);

@@ -5,6 +5,7 @@ CPU_ISA: str
 CUDA_ARCHS: str
 CUDA_VERSION: str
 ROLLBACK_BLOCK: int
+SELECT_SCRATCH: int
 
 def device_count() -> int: ...
 def __getattr__(name: str) -> object: ...  # pyright: ignore[reportIncompleteStub]

@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int64_t kBlock = 256;
+constexpr int64_t kBlock = 128;
 static_assert(curvkern::kRollbackBlock % kBlock == 0, "ties are counted for whole blocks");
 
 // What the rule and the gate look at. What they do not need may be null: grad, fisher, direction, weight with target.
@@ -36,20 +36,6 @@ struct Block {
   alignas(64) float score[kBlock];
   alignas(64) uint32_t open[kBlock];
 };
-
-inline int64_t size_of(curvkern::DType dtype) { return dtype == curvkern::DType::kFloat32 ? 4 : 2; }
-
-// Asks for the 16 weights from i on, and all that belongs to them, ahead of their use.
-inline void prefetch16(const Inputs& in, int64_t i) {
-  const auto ask = [i](const void* data, curvkern::DType dtype) {
-    if (data) __builtin_prefetch(static_cast<const char*>(data) + i * size_of(dtype), 0, 1);
-  };
-  ask(in.weight, in.dtype);
-  ask(in.target, in.dtype);
-  ask(in.grad, in.grad_dtype);
-  ask(in.fisher, curvkern::DType::kFloat32);
-  ask(in.direction, in.dtype);
-}
 
 // Loads the n weights from `begin` on, and what belongs to them, to place `at` of the block.
 inline void load(Block& b, const Inputs& in, int64_t begin, int64_t at, int64_t n) {

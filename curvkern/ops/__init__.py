@@ -1,7 +1,9 @@
 """The ops: fused kernels on weights, activations and gradients, each with a plain torch definition beside it."""
 
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
-from curvkern.ops.select import Threshold, gate_ref, pack_mask, score_ref, unpack_mask
+from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
+from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
+from curvkern.ops.selector import Selector, Threshold
 from curvkern.ops.subspace import (
     AlignmentScores,
     alignment_map,
@@ -19,6 +21,7 @@ from curvkern.ops.subspace import (
 
 __all__ = [
     "AlignmentScores",
+    "Selector",
     "Threshold",
     "alignment_map",
     "alignment_map_ref",
@@ -28,6 +31,8 @@ __all__ = [
     "alignment_scores_ref",
     "blend_",
     "blend_ref",
+    "block_select",
+    "block_select_ref",
     "delta_floor",
     "gate_ref",
     "pack_mask",
@@ -35,6 +40,10 @@ __all__ = [
     "project_ref",
     "rollback_",
     "rollback_ref",
+    "score_histogram_",
+    "score_histogram_ref",
+    "score_key_ref",
+    "score_of_key",
     "score_ref",
     "subspace_basis",
     "subspace_basis_ref",

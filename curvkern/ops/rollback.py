@@ -8,17 +8,17 @@ from torch import Tensor
 from curvkern.backend import check, launch
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
-from curvkern.ops.select import (
+from curvkern.ops.score import (
     WEIGHTS,
     Gate,
     Rule,
-    Threshold,
     check_scored,
     gate_ref,
     pack_mask,
     score_ref,
     unpack_mask,
 )
+from curvkern.ops.selector import Threshold
 
 
 def rollback_(

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from curvkern.backend import check
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
-from curvkern.ops.select import WEIGHTS
+from curvkern.ops.score import WEIGHTS
 
 _THIN = 256  # columns of x up to which reading the weights costs more than multiplying by them
 
