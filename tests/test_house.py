@@ -50,6 +50,8 @@ MAY_IMPORT = {
     ),
 }
 
+PARTS = "|".join([*MAY_IMPORT, "_C"])
+
 # What is no op although it lies where ops lie.
 NO_OPS = {
     "csrc/cuda/device.cu": "questions about the driver",
@@ -70,9 +72,8 @@ def imported(path):
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             yield from (f"{node.module}.{a.name}" if node.module == "curvkern" else node.module for a in node.names)
-        elif isinstance(node, ast.Constant) and re.fullmatch(r"curvkern(\.\w+)+(:\w+)?", str(node.value)):
-            if node.value.split(".")[1] in {*MAY_IMPORT, "_C"}:
-                yield node.value.split(":")[0]
+        elif isinstance(node, ast.Constant) and re.fullmatch(rf"curvkern\.({PARTS})(\.\w+)*(:\w+)?", str(node.value)):
+            yield node.value.split(":")[0]
 
 
 def name(path):
