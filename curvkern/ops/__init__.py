@@ -1,5 +1,6 @@
 """The ops: fused kernels on weights, activations and gradients, each with a plain torch definition beside it."""
 
+from curvkern.ops.delta import delta_floor
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
 from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
@@ -12,7 +13,6 @@ from curvkern.ops.subspace import (
     alignment_penalty_ref,
     alignment_scores,
     alignment_scores_ref,
-    delta_floor,
     project_,
     project_ref,
     subspace_basis,

@@ -8,7 +8,6 @@ take most of the time (a hand-written AVX-512 sweep gained less than 2x on 4096 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +17,8 @@ from torch.autograd.function import once_differentiable
 from curvkern.backend import check
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
+from curvkern.ops.delta import THIN, adjoint, apply, apply_tiled, blocks, full_precision, range_finder, row_slices, wide
 from curvkern.ops.score import WEIGHTS
-
-_THIN = 256  # columns of x up to which reading the weights costs more than multiplying by them
 
 
 class AlignmentScores(NamedTuple):
@@ -93,7 +91,7 @@ def alignment_scores(
     y, _ = _alignment_map(B, aligned, base, backend)
     gram = None if A is None else A.double() @ A.double().mT
     sums = torch.zeros(4, dtype=torch.float64, device=B.device)
-    for rows in _row_slices(B, torch.float64):
+    for rows in row_slices(B, torch.float64):
         sums += _products(y[rows].double(), B[rows].double(), gram)
     return AlignmentScores(*(score.to(y.dtype) for score in _scores(sums)))
 
@@ -165,7 +163,7 @@ def subspace_basis(
 def project_(
     x: Tensor, basis: Tensor, *, complement: bool = False, scale: float = 1.0, backend: str = "auto"
 ) -> Tensor:
-    r"""Project onto a subspace in place: :math:`x \leftarrow s\,UU^T x`, or :math:`x \leftarrow s\,(x - UU^T x)`.
+    r"""Project onto a subspace in place: :math:`x \leftarrow s\,UU^T x`, or :math:`x \leftarrow s\,(x - UU^T x)`. Deterministic.
 
     Args:
         x: [o, c]; float32, float16, bfloat16 (reference: float64 too); edited. Float32 inside, one rounding.
@@ -180,32 +178,10 @@ def project_(
     Raises:
         TypeError, ValueError: arguments that do not fit.
         RuntimeError: an input requires grad under grad mode.
-
-    Deterministic.
     """
     check.no_grad("project_", x=x, basis=basis)
     _project(x, basis, complement, float(scale), backend)
     return x
-
-
-def delta_floor(aligned: Tensor, base: Tensor) -> Tensor:
-    """The fraction of weights whose alignment delta is exactly 0, which in trained models means lost to rounding.
-
-    Checkpoints hold rounded weights. Where a third of the deltas is 0, the others carry errors of half their size.
-
-    Args:
-        aligned: any shape, any floating dtype.
-        base: the same shape; its dtype may differ.
-
-    Returns:
-        float32 scalar in [0, 1]; 0 for no weights.
-
-    Raises:
-        ValueError: arguments that do not fit.
-    """
-    check.same_shape("delta_floor", aligned=aligned, base=base)
-    check.same_device("delta_floor", aligned=aligned, base=base)
-    return (aligned == base).sum().float() / max(1, aligned.numel())
 
 
 class _Penalty(torch.autograd.Function):
@@ -214,8 +190,8 @@ class _Penalty(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, B: Tensor, A: Tensor, *where: Any) -> Tensor:
         """``where``: aligned, base, basis, backend."""
-        dtype = _wide(B, A, *where[:3])
-        with _full_precision(B):
+        dtype = wide(B, A, *where[:3])
+        with full_precision(B):
             b, a = B.to(dtype), A.to(dtype)
             m = b - _image(b, *where)
             h, g = m.mT @ m, a @ a.mT
@@ -228,7 +204,7 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         B, A, m, h, g, aligned, base, basis = ctx.saved_tensors
         grad_b = grad_a = None
-        with _full_precision(m):
+        with full_precision(m):
             if ctx.needs_input_grad[0]:
                 left = m - _image(m, aligned, base, basis, ctx.backend)
                 grad_b = (2 * grad * left @ g).to(B.dtype)
@@ -263,35 +239,25 @@ def _over(x: Tensor, norm: Tensor) -> Tensor:
     return x / torch.where(norm == 0, 1.0, norm)
 
 
-def _wide(*tensors: Tensor | None) -> torch.dtype:
-    """What is computed in: float64 if any input is, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def _full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast would round float32 products to half precision, inside a registered op too."""
-    return torch.autocast(tensor.device.type, enabled=False)
-
-
 # reference ------------------------------------------------------------------------------------------------------------
 
 
 def alignment_map_ref(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `alignment_map`, in plain torch: V^T x first, or V V^T in tiles where that costs less."""
     (o, i), c = aligned.shape, x.shape[1]
-    with _full_precision(x):
+    with full_precision(x):
         if o * (i + 2 * c) < 4 * i * c:
-            y, square = _apply_tiled(x, aligned, base)
+            y, square = apply_tiled(x, aligned, base)
         else:
-            t, square = _adjoint(x, aligned, base)
-            y = _apply(t, aligned, base)
+            t, square = adjoint(x, aligned, base)
+            y = apply(t, aligned, base)
     norm = square.sqrt().to(y.dtype)
     return _over(y, norm), norm
 
 
 def alignment_scores_ref(B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> AlignmentScores:
     """The definition of `alignment_scores`, in plain torch: update and image are formed."""
-    dtype = _wide(B, A, aligned, base)
+    dtype = wide(B, A, aligned, base)
     update = B.to(dtype) if A is None else B.to(dtype) @ A.to(dtype)
     return AlignmentScores(*_scores(_products(alignment_map_ref(update, aligned, base)[0], update, None)))
 
@@ -300,7 +266,7 @@ def alignment_penalty_ref(
     B: Tensor, A: Tensor, aligned: Tensor | None = None, base: Tensor | None = None, basis: Tensor | None = None
 ) -> Tensor:
     """The definition of `alignment_penalty`, in plain torch that autograd can follow: update and image are formed."""
-    dtype = _wide(B, A, aligned, base, basis)
+    dtype = wide(B, A, aligned, base, basis)
     update = B.to(dtype) @ A.to(dtype)
     if aligned is None or base is None:
         image = _image(update, None, None, basis, "reference")
@@ -312,95 +278,16 @@ def alignment_penalty_ref(
 
 def subspace_basis_ref(aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int) -> Tensor:
     """The definition of `subspace_basis`, in plain torch."""
-    return _range_finder(_adjoint, _apply, aligned, base, rank, oversample, power, seed)
+    return range_finder(adjoint, apply, aligned, base, rank, oversample, power, seed)
 
 
 def project_ref(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
     """The definition of `project_`, in plain torch."""
-    with _full_precision(x):
-        t, _ = _adjoint(basis, x, None)
-        for rows, wide in _blocks(x, None, t.dtype, x.shape[1]):
+    with full_precision(x):
+        t, _ = adjoint(basis, x, None)
+        for rows, block in blocks(x, None, t.dtype, x.shape[1]):
             inside = basis[rows].to(t.dtype) @ t.mT
-            x[rows] = scale * (wide - inside if complement else inside)
-
-
-def _adjoint(x: Tensor, aligned: Tensor, base: Tensor | None) -> tuple[Tensor, Tensor]:
-    """V^T x [i, c], and |V|_F^2 in float64."""
-    dtype = _wide(x, aligned, base)
-    t = torch.zeros(aligned.shape[1], x.shape[1], dtype=dtype, device=x.device)
-    square = torch.zeros((), dtype=torch.float64, device=x.device)
-    for rows, v in _blocks(aligned, base, dtype, x.shape[1]):
-        t.addmm_(v.mT, x[rows].to(dtype))
-        square += _square(v)
-    return t, square
-
-
-def _apply(t: Tensor, aligned: Tensor, base: Tensor) -> Tensor:
-    """V t [o, c]."""
-    y = torch.empty(len(aligned), t.shape[1], dtype=t.dtype, device=t.device)
-    for rows, v in _blocks(aligned, base, t.dtype, t.shape[1]):
-        torch.mm(v, t, out=y[rows])
-    return y
-
-
-def _apply_tiled(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    """V V^T x and |V|_F^2, tile by tile of V V^T; a tile off the diagonal serves on both sides of it."""
-    dtype = _wide(x, aligned, base)
-    y = torch.zeros(x.shape, dtype=dtype, device=x.device)
-    square = torch.zeros((), dtype=torch.float64, device=x.device)
-    for rows, v in _blocks(aligned, base, dtype):
-        square += _square(v)
-        for cols, u in _blocks(aligned[: rows.stop], base[: rows.stop], dtype):
-            tile = v @ u.mT
-            y[rows].addmm_(tile, x[cols].to(dtype))
-            if cols != rows:
-                y[cols].addmm_(tile.mT, x[rows].to(dtype))
-    return y, square
-
-
-def _range_finder(
-    adjoint: Callable[..., tuple[Tensor, Tensor]], apply: Callable[..., Tensor],
-    aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int,
-) -> Tensor:  # fmt: skip
-    """`subspace_basis` from V^T x and V t."""
-    dtype = _wide(aligned, base)
-    width = min(rank + oversample, *aligned.shape)
-    start = torch.randn(aligned.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    with _full_precision(aligned):
-        sample = apply(start.to(aligned.device, dtype), aligned, base)
-        if not sample.isfinite().all():
-            raise ValueError("subspace_basis: aligned or base holds NaN or infinity; look into the checkpoints.")
-        q = torch.linalg.qr(sample).Q
-        for _ in range(power):
-            z = torch.linalg.qr(adjoint(q, aligned, base)[0]).Q
-            q = torch.linalg.qr(apply(z, aligned, base)).Q
-        # V is near Q Q^T V, and V^T Q = Z R: the left singular vectors of the small R^T turn Q onto those of V.
-        left, values, _ = torch.linalg.svd(torch.linalg.qr(adjoint(q, aligned, base)[0]).R.mT)
-        seen = values > width * torch.finfo(dtype).eps * values[0]
-        return q @ (left * seen)[:, :rank]
-
-
-def _blocks(
-    aligned: Tensor, base: Tensor | None, dtype: torch.dtype, width: int = _THIN + 1
-) -> Iterator[tuple[slice, Tensor]]:
-    """Row blocks of V, one after the other in one buffer; ``width``: columns of what each is multiplied by."""
-    cached = aligned.device.type == "cpu" and width <= _THIN
-    parts = _row_slices(aligned, dtype, 2**20 if cached else 2**25)
-    buffer = torch.empty(parts[0].stop if parts else 0, aligned.shape[1], dtype=dtype, device=aligned.device)
-    for rows in parts:
-        v = buffer[: rows.stop - rows.start].copy_(aligned[rows])
-        yield rows, v if base is None else v.sub_(base[rows])
-
-
-def _row_slices(matrix: Tensor, dtype: torch.dtype, limit: int = 2**25) -> list[slice]:
-    """Row blocks of at most ``limit`` bytes in ``dtype``, or of one row."""
-    n, step = len(matrix), max(1, limit // max(1, matrix.shape[1] * dtype.itemsize))
-    return [slice(start, min(start + step, n)) for start in range(0, n, step)]
-
-
-def _square(v: Tensor) -> Tensor:
-    """|v|_F^2: norms of rows in v's precision, their sum in float64."""
-    return torch.linalg.vector_norm(v, dim=1).double().square().sum()
+            x[rows] = scale * (block - inside if complement else inside)
 
 
 # checks ---------------------------------------------------------------------------------------------------------------
@@ -437,11 +324,11 @@ def _check_penalty(B: Tensor, A: Tensor, aligned: Tensor | None, base: Tensor | 
         check.needed(op, "the alignment map (there is no basis)", aligned=aligned, base=base)
     elif aligned is not None or base is not None:
         raise ValueError(f"{op}: basis is given beside aligned or base; pass the basis, or both weights.")
-    if aligned is not None and base is not None:
-        _check_update(op, B, A, aligned, base)
-    if basis is not None:
+    else:
         _matrices(op, B=B, A=A, basis=basis)
         check.shape(op, "B", B, (len(basis), len(A)), "[o, r] beside A [r, i] and basis [o, k]")
+    if aligned is not None and base is not None:
+        _check_update(op, B, A, aligned, base)
 
 
 def _check_basis(aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int) -> None:
@@ -451,10 +338,7 @@ def _check_basis(aligned: Tensor, base: Tensor, rank: int, oversample: int, powe
     check.at_least("subspace_basis", "oversample", oversample, 0)
     check.at_least("subspace_basis", "power", power, 0)
     if rank > min(aligned.shape):
-        raise ValueError(
-            f"subspace_basis: rank is {rank}, but aligned is {list(aligned.shape)}; "
-            f"wanted at most min(o, i) = {min(aligned.shape)}. Lower it."
-        )
+        raise ValueError(f"subspace_basis: rank is {rank}; wanted at most min(o, i) = {min(aligned.shape)}. Lower it.")
 
 
 def _check_project(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
@@ -468,22 +352,20 @@ def _refuse(*arguments: object) -> str | None:
 
 
 def _refuse_map(x: Tensor, aligned: Tensor, base: Tensor) -> str | None:
-    if x.shape[1] > _THIN:
-        return f"x has more than {_THIN} columns: the library's products on blocks of V are faster"
+    if x.shape[1] > THIN:
+        return f"x has more than {THIN} columns: the library's products on blocks of V are faster"
     return _refuse(x, aligned, base)
 
 
 def _refuse_project(x: Tensor, basis: Tensor, *_: object) -> str | None:
-    if not x.is_contiguous():
-        return "x is not contiguous"
-    return "basis has no columns" if basis.shape[1] == 0 else _refuse(x, basis)
+    return _refuse(x, basis) if x.is_contiguous() else "x is not contiguous"
 
 
 # registration ---------------------------------------------------------------------------------------------------------
 
 
 def _fake_map(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = _wide(x, aligned, base)
+    dtype = wide(x, aligned, base)
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=dtype)
 
 
@@ -497,18 +379,13 @@ _alignment_map = register(
     ),
 )
 
+_triton_products = (lazily("curvkern.kernels.subspace:adjoint"), lazily("curvkern.kernels.subspace:apply"))
 _subspace_basis = register(
     "subspace_basis(Tensor aligned, Tensor base, int rank, int oversample, int power, int seed, str backend) -> Tensor",
     check=_check_basis,
-    fake=lambda aligned, base, rank, *_: aligned.new_empty(len(aligned), rank, dtype=_wide(aligned, base)),
+    fake=lambda aligned, base, rank, *_: aligned.new_empty(len(aligned), rank, dtype=wide(aligned, base)),
     routes=(
-        Route(
-            "triton",
-            functools.partial(
-                _range_finder, lazily("curvkern.kernels.subspace:adjoint"), lazily("curvkern.kernels.subspace:apply")
-            ),
-            _refuse,
-        ),
+        Route("triton", functools.partial(range_finder, *_triton_products), _refuse),
         Route("reference", subspace_basis_ref),
     ),
 )
