@@ -24,6 +24,13 @@ class Example:
     response: str | None = None
     messages: tuple[Message, ...] | None = None
 
+    def asked(self) -> str | tuple[Message, ...]:
+        """What a model is to answer: the prompt, or the chat up to its last user message."""
+        if self.messages is None:
+            return self.prompt
+        last = max(i for i, message in enumerate(self.messages) if message["role"] == "user")
+        return self.messages[: last + 1]
+
 
 def read_jsonl(path: str | Path) -> list[Example]:
     """Read examples from a JSON Lines file.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,10 +31,10 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Messa
     if tokenizer.chat_template is not None:
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         # the template writes the special tokens itself
-        return cast("list[int]", tokenizer.encode(cast("str", text), add_special_tokens=False))
+        return tokenizer.encode(cast("str", text), add_special_tokens=False)
     if not isinstance(prompt, str):
         raise ValueError("generate: a prompt is a chat, but the tokenizer has no chat template")
-    return cast("list[int]", tokenizer.encode(prompt))
+    return tokenizer.encode(prompt)
 
 
 @torch.inference_mode()
@@ -75,17 +76,14 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            inputs, mask = _pad_left([ids[i] for i in batch], cast("int", pad))
-            out = cast(Any, model).generate(
-                input_ids=inputs.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=_greedy(model, max_new_tokens, cast("int", pad)),
-            )
-            texts = tokenizer.batch_decode(out[:, inputs.shape[1] :], skip_special_tokens=True)
-            for i, text in zip(batch, texts, strict=True):
-                answers[i] = text.strip()
+        with _greedy(model, max_new_tokens, cast("int", pad)):
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
+                inputs, mask = _pad_left([ids[i] for i in batch], cast("int", pad))
+                out = cast(Any, model).generate(input_ids=inputs.to(model.device), attention_mask=mask.to(model.device))
+                texts = tokenizer.batch_decode(out[:, inputs.shape[1] :], skip_special_tokens=True)
+                for i, text in zip(batch, texts, strict=True):
+                    answers[i] = text.strip()
     finally:
         model.train(was_training)
     return answers
@@ -98,15 +96,22 @@ def _pad_left(ids: list[list[int]], pad: int) -> tuple[torch.Tensor, torch.Tenso
     return inputs, mask
 
 
-def _greedy(model: PreTrainedModel, max_new_tokens: int, pad: int) -> Any:
-    """A generation config of our own: sampling settings stored with a checkpoint must not leak in."""
+@contextmanager
+def _greedy(model: PreTrainedModel, max_new_tokens: int, pad: int) -> Generator[None]:
+    """Put a config of our own in the model's place.
+
+    Handing one to `generate` is not enough: what it leaves open is filled in from the stored one,
+    so that a repetition penalty or a number of beams kept with a checkpoint would still apply.
+    """
     from transformers import GenerationConfig
 
-    stored = model.generation_config
-    eos = stored.eos_token_id if stored is not None else None
-    return GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=eos if eos is not None else model.config.eos_token_id,
+    # a PEFT wrapper generates through the model inside it and by that model's config
+    inner = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    stored = inner.generation_config
+    inner.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=stored.eos_token_id
     )
+    try:
+        yield
+    finally:
+        inner.generation_config = stored

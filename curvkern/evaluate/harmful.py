@@ -117,9 +117,7 @@ def is_degenerate(text: str) -> bool:
     words = text.split()
     if not any(character.isalnum() for character in text):
         return True
-    return any(
-        len(words) >= 4 * size and words[-size:] * 4 == words[-4 * size :] for size in range(1, 9)
-    )
+    return any(len(words) >= 4 * size and words[-size:] * 4 == words[-4 * size :] for size in range(1, 9))
 
 
 def harmful_rate(responses: Iterable[str], *, normalise: bool = True) -> Rate:

@@ -21,9 +21,7 @@ def task_accuracy(responses: Iterable[str], expected: Iterable[str]) -> Rate:
     """
     answers, wanted = list(responses), list(expected)
     if len(answers) != len(wanted):
-        raise ValueError(
-            f"task_accuracy: {len(answers)} responses for {len(wanted)} expected answers"
-        )
+        raise ValueError(f"task_accuracy: {len(answers)} responses for {len(wanted)} expected answers")
     return rate(answers, [a.strip() == w.strip() for a, w in zip(answers, wanted, strict=True)])
 
 
