@@ -1,8 +1,8 @@
 r"""The alignment direction of a weight, :math:`V = W_a - W_u`, and updates seen against it.
 
 V [o, i] is formed in float32 a block at a time and never kept; :math:`C = V V^T / |V|_F` [o, o] is never formed. There
-is no native kernel: on a GPU Triton's sweeps are bound by bytes; on a CPU the blocks stay in cache and torch's products
-take most of the time (a hand-written AVX-512 sweep gained less than 2x on 4096 x 4096, the same in AVX2 lost).
+is no native kernel: on a GPU Triton's sweeps read the weights twice and do little else; on a CPU the blocks stay in
+cache, and a hand-written AVX-512 sweep was less than twice as fast (4096 x 4096, r = 16 and 64).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def subspace_basis(
 def project_(
     x: Tensor, basis: Tensor, *, complement: bool = False, scale: float = 1.0, backend: str = "auto"
 ) -> Tensor:
-    r"""Project onto a subspace in place: :math:`x \leftarrow s\,UU^T x`, or :math:`x \leftarrow s\,(x - UU^T x)`. Deterministic.
+    r"""Project onto a subspace in place: :math:`x \leftarrow s\,UU^T x`, or :math:`x \leftarrow s\,(x - UU^T x)`.
 
     Args:
         x: [o, c]; float32, float16, bfloat16 (reference: float64 too); edited. Float32 inside, one rounding.
@@ -173,7 +173,7 @@ def project_(
         backend: see `use`.
 
     Returns:
-        ``x``.
+        ``x``; the same bits every time.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -285,7 +285,7 @@ def project_ref(x: Tensor, basis: Tensor, complement: bool, scale: float) -> Non
     """The definition of `project_`, in plain torch."""
     with full_precision(x):
         t, _ = adjoint(basis, x, None)
-        for rows, block in blocks(x, None, t.dtype, x.shape[1]):
+        for rows, block in blocks(x, None, t.dtype, basis.shape[1]):
             inside = basis[rows].to(t.dtype) @ t.mT
             x[rows] = scale * (block - inside if complement else inside)
 
