@@ -121,6 +121,23 @@ def test_no_function_compiled_for_a_newer_processor_can_be_taken_for_an_older_on
     assert not found
 
 
+@pytest.mark.parametrize(
+    "compiler, flags",
+    [
+        ("clang++", "-DCURVKERN_ISA=generic"),
+        ("clang++", "-DCURVKERN_ISA=avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"),
+        ("aarch64-linux-gnu-g++", "-DCURVKERN_ISA=generic"),
+    ],
+)
+def test_cpu_kernels_compile_elsewhere(compiler, flags):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"{compiler} is not installed")
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        command = [compiler, "-std=c++20", "-fsyntax-only", "-Wall", "-Werror", *flags.split(), source]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
 # CUDA code ------------------------------------------------------------------------------------------------------------
 
 
