@@ -87,7 +87,7 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fals
 
 def main() -> None:
     """Run the command line; errors of use are one line, not a traceback."""
-    from curvkern.backend.dispatch import BackendError
+    from curvkern import BackendError
     from curvkern.checkpoint import CheckpointError
     from curvkern.curvature import CurvatureError
     from curvkern.restore import RestoreError

@@ -56,6 +56,9 @@ PARTS = "|".join([*MAY_IMPORT, "_C"])
 NO_OPS = {
     "csrc/cuda/device.cu": "questions about the driver",
     "csrc/cpu/parallel.cpp": "the thread loop that all CPU kernels share",
+    "curvkern/ops/score.py": "scores and gates, which select and rollback share",
+    "curvkern/ops/selector.py": "the class over select's ops",
+    "curvkern/ops/delta.py": "the alignment delta, on which subspace's ops work",
 }
 
 
@@ -144,10 +147,16 @@ def test_every_op_is_in_all_its_places(op):
     "pattern", ["csrc/cuda/*.cu", "csrc/cpu/*.cpp", "curvkern/kernels/*.py", "curvkern/ops/*.py", "tests/ops/test_*.py"]
 )
 def test_what_lies_where_ops_lie_is_an_op(pattern):
-    for path in ROOT.glob(pattern):
-        stem = path.stem.removeprefix("test_")
-        if stem != "__init__" and name(path) not in NO_OPS:
-            assert stem in CASES, f"{name(path)}: no op of that name in bench/cases.py"
+    """A test file may also be named for an op and an aspect of it: test_subspace_basis.py."""
+    stems = {path: path.stem.removeprefix("test_") for path in ROOT.glob(pattern)}
+    strange = [
+        name(path)
+        for path, stem in stems.items()
+        if stem not in {*CASES, "__init__"}
+        and name(path) not in NO_OPS
+        and not (path.name.startswith("test_") and any(stem.startswith(f"{op}_") for op in CASES))
+    ]
+    assert not strange, "no op of that name in bench/cases.py"
 
 
 def test_exceptions_are_still_there():
