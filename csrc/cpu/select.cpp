@@ -137,8 +137,15 @@ void mark_tile(uint8_t* __restrict__ out, uint32_t* bins, const uint32_t* keys, 
   const Place coarse = find(bins, k);
   const uint32_t boundary = static_cast<uint32_t>(coarse.bin);
   __builtin_memset(bins, 0, kSelectBins * sizeof(uint32_t));
-  for (int64_t i = 0; i < height * width; ++i)
-    if (keys[i] >> 16 == boundary) ++bins[keys[i] & 0xffffu];
+  alignas(64) uint32_t list[kBlock + kLanes];
+  for (int64_t at = 0; at < height * width; at += kBlock) {  // beyond the tile there are zeros, which no key is
+    int64_t size = 0;
+    for (int64_t i = at; i < at + kBlock; i += kLanes) {
+      const Vec key = *reinterpret_cast<const Vec*>(keys + i);
+      size += append(list + size, key & 0xffffu, (Vec)(key >> 16 == boundary));
+    }
+    for (int64_t i = 0; i < size; ++i) ++bins[list[i]];
+  }
   const Place fine = find(bins, k - coarse.above);
   const uint32_t tau = boundary << 16 | static_cast<uint32_t>(fine.bin);
   int64_t quota = take == Ties::kNone ? 0 : k - coarse.above - fine.above;

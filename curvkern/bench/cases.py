@@ -75,6 +75,35 @@ def _rollback() -> list[Case]:
     return cases + [case(shape, dtype, size) for shape, size in measured for dtype in (torch.float32, torch.bfloat16)]
 
 
+def _select() -> list[Case]:
+    """Sizes at the borders of a block (128 on the CPU, 1024 in Triton, 6144 in CUDA) and of a tile; Llama's layers."""
+
+    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size) -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            weights = [random(*shape, dtype=dtype, device=device, seed=seed) for seed in (1, 2)]
+            options: dict[str, Any] = {"rule": "grad", "gate": "descent", "grad": random(*shape, device=device, seed=3)}
+            if function == "block_select":
+                return tuple(weights), {**options, "fraction": 0.1, "ties": "exact_k"}
+            counts = [torch.zeros(bins, dtype=torch.int64, device=device) for bins in (1 << 16, 2)]
+            return (*counts, *weights), options
+
+        # Weight, target and gradient once; tiles also write a byte a weight.
+        tile = 1 if function == "block_select" else 0
+        label = "x".join(map(str, shape))
+        return Case("select", function, label, dtype, size, make, bytes=n * (2 * dtype.itemsize + 4 + tile))
+
+    lines = [(0,), (1,), (127,), (128,), (129,), (1025,), (6145,), (33, 65)]
+    tiles = [(0, 5), (5, 0), (1, 1), (7, 129), (129, 257), (300, 128)]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases = [case("score_histogram_", shape, dtype, "edge") for shape in lines for dtype in FLOATS]
+    cases += [case("block_select", shape, dtype, "edge") for shape in tiles for dtype in FLOATS]
+    for function in ("score_histogram_", "block_select"):
+        cases += [case(function, line, dtype, size) for line, size in measured for dtype in FLOATS[::2]]
+    return cases
+
+
 def _subspace() -> list[Case]:
     """Sizes at the borders of a strip (128), a step (32), a share (128), a column tile (16, 64); Llama's layers."""
 
@@ -120,5 +149,6 @@ def _subspace() -> list[Case]:
 
 CASES: dict[str, list[Case]] = {
     "rollback": _rollback(),
+    "select": _select(),
     "subspace": _subspace(),
 }

@@ -209,7 +209,7 @@ class Selector:
         seen = {
             "weights": (self.count, second.count),
             "candidates": counts[:2],
-            "weights in the K-th's bin": counts[2:],
+            "in the K-th largest one's bin": counts[2:],
         }
         if any(before != again for before, again in seen.values()):
             said = ", ".join(f"{again} {what} (first: {before})" for what, (before, again) in seen.items())
