@@ -109,4 +109,5 @@ PYBIND11_MODULE(_C, m) {
   CPU(select_histogram);
   CUDA(select_histogram);
   CPU(select_blocks);
+  CPU(fisher);
 }

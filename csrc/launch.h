@@ -14,6 +14,8 @@ constexpr int kAbi = 1;
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
 enum class Gate : int32_t { kNone = 0, kDescent = 1, kConflict = 2 };
+enum class Statistic : int32_t { kSquare = 0, kAbs = 1, kSum = 2 };
+
 enum class Count : int32_t { kNumber = 0, kFraction = 1, kSpare = 2 };  // K, ceil(fraction n), n - floor(spare n)
 enum class Ties : int32_t { kNone = 0, kFirst = 1, kLast = 2 };
 
@@ -79,6 +81,28 @@ CURVKERN_CPU_LAUNCHER(select_blocks(uint8_t* selected, uint32_t* scratch, const 
                                     int64_t cols, int64_t tile_rows, int64_t tile_cols, double amount, Count count,
                                     bool of_all, Ties take, Rule rule, Gate gate, DType dtype, DType grad_dtype,
                                     int threads))
+
+// fisher -----------------------------------------------------------------------------------------------------------
+// fisher[e] += scale * sum over runs f(gradient), weight_grad[e] (may be null) += scale * sum over runs of gradient,
+// for the runs first_run[e] .. first_run[e + 1] of expert e; gradient[o, i] = sum of grad_output[k, o] activation[k, i]
+// over the tokens k with mask[k] (may be null) of the run starts[r] .. starts[r + 1]. f: square, abs or (kSum) nothing.
+// `token`: every token is a sample of its own (kSquare and kAbs, no weight_grad).
+// With `partial`: fisher[e] is the sums over block_rows x block_cols blocks, and partial holds, for each expert and
+// tile,
+// ((tile_rows - 1) / block_rows + 2) * ((tile_cols - 1) / block_cols + 2) numbers.
+// Tiles of the weight are shared out among the threads; their sides are multiples of kFisherRows and kFisherCols.
+// At most `depth` tokens, 1 to kFisherDepth, are packed at a time; the gradient of a longer run is carried on.
+// workspace, 64-byte aligned, holds for each thread slot_size = depth * (tile_rows + tile_cols) + tile_rows * tile_cols
+// * (1, one more with weight_grad, one more if a run may be longer than depth) numbers.
+constexpr int64_t kFisherDepth = 256, kFisherRows = 12, kFisherCols = 32;
+
+CURVKERN_CPU_LAUNCHER(fisher(float* fisher, float* partial, float* weight_grad, float* workspace,
+                             const void* grad_output, const void* activation, const uint8_t* mask,
+                             const int64_t* starts, const int64_t* first_run, int64_t experts, int64_t out_features,
+                             int64_t in_features, int64_t grad_stride, int64_t activation_stride, int64_t tile_rows,
+                             int64_t tile_cols, int64_t block_rows, int64_t block_cols, int64_t depth,
+                             int64_t slot_size, float scale, Statistic statistic, bool token, DType grad_dtype,
+                             DType activation_dtype, int threads))
 
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,

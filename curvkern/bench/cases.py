@@ -147,7 +147,29 @@ def _subspace() -> list[Case]:
     return cases
 
 
+def _fisher() -> list[Case]:
+    """Empty, one element, tails of every tile side; square layers of language models."""
+
+    def case(n: int, t: int, o: int, i: int, dtype: torch.dtype, size: Size) -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            d = random(n, t, o, dtype=dtype, device=device, seed=1)
+            x = random(n, t, i, dtype=dtype, device=device, seed=2)
+            return (torch.zeros(o, i, device=device), d, x), {}
+
+        moved = n * t * (o + i) * dtype.itemsize + 8 * o * i
+        label = f"n{n} t{t} {o}x{i}"
+        return Case("fisher", "fisher_diag_", label, dtype, size, make, bytes=moved, flops=2 * n * t * o * i)
+
+    edges = [(0, 3, 4, 5), (2, 0, 4, 5), (1, 1, 1, 1), (3, 5, 17, 33), (2, 65, 13, 40)]
+    measured: list[tuple[int, int, int, Size]] = [(32, 128, 1024, "s"), (32, 512, 4096, "m"), (128, 128, 4096, "l")]
+    cases = [case(*shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+    return cases + [
+        case(n, t, o, o, dtype, size) for n, t, o, size in measured for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
 CASES: dict[str, list[Case]] = {
+    "fisher": _fisher(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),

@@ -80,8 +80,10 @@ def _restorations(models: DemoModels, tuned: Path, kind: str, out: Path, console
         console.print(f"  {kind}: {label}: {report.seconds:.1f} s", highlight=False)
         return report
 
+    from curvkern.demo import ROLLBACK
+
     data = {"harmful": models.harmful, "task": models.task}
-    rollback = add("gradient_rollback", "gradient_rollback", **data, **models.rollback)
+    rollback = add("gradient_rollback", "gradient_rollback", **data, **ROLLBACK)
     reset = [m.name for m in rollback.modules if m.changed and m.name.endswith(".weight")]
     fraction = sum(m.changed for m in rollback.modules) / sum(m.weights for m in rollback.modules if m.name in reset)
     # The same number of weights, drawn from the modules that gradient_rollback touched.
@@ -96,7 +98,18 @@ def _restorations(models: DemoModels, tuned: Path, kind: str, out: Path, console
 def _evaluated(name: str, path: Path, models: DemoModels, report: Report | None = None) -> Line:
     from curvkern.evaluate import evaluate
 
-    return Line(name, evaluate(path, **models.evaluation_sets()), report)
+    return Line(
+        name,
+        evaluate(
+            path,
+            harmful=models.evaluation["harmful"],
+            benign=models.evaluation["benign"],
+            task=models.evaluation["task"],
+            max_new_tokens=32,
+            batch_size=120,
+        ),
+        report,
+    )
 
 
 def _percent(rate: Rate | None) -> float:

@@ -1,6 +1,16 @@
 """The ops: fused kernels on weights, activations and gradients, each with a plain torch definition beside it."""
 
 from curvkern.ops.delta import delta_floor
+from curvkern.ops.fisher import (
+    fisher_blocks_,
+    fisher_blocks_ref,
+    fisher_diag_,
+    fisher_diag_ref,
+    sample_dots,
+    sample_dots_ref,
+    sample_norms,
+    sample_norms_ref,
+)
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
 from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
@@ -34,12 +44,20 @@ __all__ = [
     "block_select",
     "block_select_ref",
     "delta_floor",
+    "fisher_blocks_",
+    "fisher_blocks_ref",
+    "fisher_diag_",
+    "fisher_diag_ref",
     "gate_ref",
     "pack_mask",
     "project_",
     "project_ref",
     "rollback_",
     "rollback_ref",
+    "sample_dots",
+    "sample_dots_ref",
+    "sample_norms",
+    "sample_norms_ref",
     "score_histogram_",
     "score_histogram_ref",
     "score_key_ref",
