@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -182,7 +182,7 @@ def fit(
         for group in optimiser.param_groups:
             group["lr"] = phase.learning_rate * min((step + 1) / 20, (phase.steps - step) / (phase.steps - 19))
         batch = [encode(tokenizer, row) for row in islice(rows, phase.batch)]
-        loss = answer_loss(model, *collate(batch, tokenizer.pad_token_id))
+        loss = answer_loss(model, *collate(batch, cast("int", tokenizer.pad_token_id)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
