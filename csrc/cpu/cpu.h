@@ -1,7 +1,7 @@
 // What every csrc/cpu/<op>.cpp shares: storage types, block conversion to float, and a parallel loop.
 //
-// These files are compiled once per instruction set into namespace curvkern::cpu::<CURVKERN_ISA>. All of this header has
-// internal linkage: a function compiled for AVX-512 must never be the one the linker keeps for an older processor.
+// These files are compiled once per instruction set into namespace curvkern::cpu::<CURVKERN_ISA>. All of this header
+// has internal linkage: a function compiled for AVX-512 must never be the one the linker keeps for an older processor.
 #pragma once
 
 #include <cstdint>
