@@ -86,7 +86,7 @@ def score_histogram_kernel(
     zero = number & (score == 0)
     counted = number & (score != 0)
     u = score.to(tl.uint32, bitcast=True)
-    key = tl.where(u >= 0x80000000, ~u, u | 0x80000000)
+    key = tl.where(u >= 0x80000000, u ^ 0xFFFFFFFF, u | 0x80000000)  # ~u overflows in Triton 3.7's interpreter
     bin = key >> 16
     zero_bin = tl.full((), 0x8000, tl.int64)
     zeros = tl.sum(zero.to(tl.int32)).to(tl.int64)
