@@ -126,13 +126,12 @@ def _unusable(route: Route, device: torch.device, args: Sequence[Any]) -> str | 
     return backend_missing(route.backend, device) or route.refuse(*args)
 
 
-def run(op: str, routes: Sequence[Route], backend: str, args: Sequence[Any]) -> Any:
-    """Run the first usable route, or the one asked for.
+def run(op: str, routes: Sequence[Route], backend: str, args: Sequence[Any], device: torch.device) -> Any:
+    """Run the first usable route, or the one asked for, on the tensors' device.
 
     Raises:
         BackendError: the backend asked for cannot run this call, or the op has no such backend.
     """
-    device = next(a.device for a in args if isinstance(a, Tensor))
     wanted = requested(op, backend)
     if _explaining.get():
         raise _Explained(choices(routes, wanted, device, lambda route: _unusable(route, device, args)))

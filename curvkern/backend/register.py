@@ -1,21 +1,26 @@
 """Registration with torch: the only caller of torch.library.
 
-A registered op is opaque to torch.compile (no graph break), bumps the version of what it mutates and has no derivative.
+A registered op is opaque to torch.compile (no graph break), bumps the version of what it mutates, has no derivative and
+computes in full precision under autocast too.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from curvkern.backend import dispatch
 from curvkern.backend.dispatch import Route
 
 #: op name -> its routes, best first; read by `curvkern env` and by tests.
 REGISTERED: dict[str, tuple[Route, ...]] = {}
+
+_library = torch.library.Library("curvkern", "FRAGMENT")
+_below = torch._C._after_ADInplaceOrView_keyset  # pyright: ignore[reportPrivateUsage]
 
 
 def register(
@@ -27,24 +32,40 @@ def register(
 ) -> Callable[..., Any]:
     """Register an op and return the function that calls it.
 
+    Not by ``torch.library.custom_op``, whose calls cost three times as much and import torch._dynamo.
+
     Args:
         schema: torch schema whose last argument is ``str backend``: ``"f(Tensor(a!) x, str backend) -> ()"``.
         check: raises for bad arguments; called with all arguments but the backend, for real and fake tensors alike.
         routes: the implementations, best first; each takes what ``check`` takes.
         fake: the outputs as empty tensors, from the same arguments.
     """
-    name, signature = schema.split("(", 1)
-    mutated = re.findall(r"Tensor\(\w+!\)(?:\[\])?\??\s+(\w+)", signature)
+    name = schema.split("(", 1)[0]
     REGISTERED[name] = tuple(routes)
 
     def real(*args: Any) -> Any:
         check(*args[:-1])
-        return dispatch.run(name, routes, args[-1], args[:-1])
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        if not torch.is_autocast_enabled(device.type):
+            return dispatch.run(name, routes, args[-1], args[:-1], device)
+        with torch.autocast(device.type, enabled=False):
+            return dispatch.run(name, routes, args[-1], args[:-1], device)
 
     def abstract(*args: Any) -> Any:
         check(*args[:-1])
         return fake(*args[:-1])
 
-    op = torch.library.custom_op(f"curvkern::{name}", real, mutates_args=mutated, schema=f"({signature}")
-    op.register_fake(abstract)
+    def versioned(keys: Any, *args: Any) -> Any:
+        for at in mutated:
+            if args[at] is not None:
+                increment_version(args[at])
+        return op.redispatch(keys & _below, *args)
+
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    op = getattr(torch.ops.curvkern, name).default
+    mutated = [at for at, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"curvkern::{name}", abstract, lib=_library)
+    if mutated:
+        _library.impl(name, versioned, "ADInplaceOrView", with_keyset=True)
     return op

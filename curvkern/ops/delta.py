@@ -77,18 +77,17 @@ def range_finder(
     dtype = wide(aligned, base)
     width = min(rank + oversample, *aligned.shape)
     start = torch.randn(aligned.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    with full_precision(aligned):
-        sample = v(start.to(aligned.device, dtype), aligned, base)
-        if not sample.isfinite().all():
-            raise ValueError("subspace_basis: aligned or base holds NaN or infinity; look into the checkpoints.")
-        q = torch.linalg.qr(sample).Q
-        for _ in range(power):
-            z = torch.linalg.qr(v_transposed(q, aligned, base)[0]).Q
-            q = torch.linalg.qr(v(z, aligned, base)).Q
-        # V is near Q Q^T V, and V^T Q = Z R: the left singular vectors of the small R^T turn Q onto those of V.
-        left, values, _ = torch.linalg.svd(torch.linalg.qr(v_transposed(q, aligned, base)[0]).R.mT)
-        seen = values > width * torch.finfo(dtype).eps * values[0]
-        return q @ (left * seen)[:, :rank]
+    sample = v(start.to(aligned.device, dtype), aligned, base)
+    if not sample.isfinite().all():
+        raise ValueError("subspace_basis: aligned or base holds NaN or infinity; look into the checkpoints.")
+    q = torch.linalg.qr(sample).Q
+    for _ in range(power):
+        z = torch.linalg.qr(v_transposed(q, aligned, base)[0]).Q
+        q = torch.linalg.qr(v(z, aligned, base)).Q
+    # V is near Q Q^T V, and V^T Q = Z R: the left singular vectors of the small R^T turn Q onto those of V.
+    left, values, _ = torch.linalg.svd(torch.linalg.qr(v_transposed(q, aligned, base)[0]).R.mT)
+    seen = values > width * torch.finfo(dtype).eps * values[0]
+    return q @ (left * seen)[:, :rank]
 
 
 def blocks(
@@ -112,11 +111,6 @@ def row_slices(matrix: Tensor, dtype: torch.dtype, limit: int = 2**25) -> list[s
 def wide(*tensors: Tensor | None) -> torch.dtype:
     """What is computed in: float64 if any input is, else float32."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
-def full_precision(tensor: Tensor) -> torch.autocast:
-    """Autocast would round float32 products to half precision, inside a registered op too."""
-    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _square(v: Tensor) -> Tensor:

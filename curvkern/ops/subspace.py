@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from curvkern.backend import check
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
-from curvkern.ops.delta import THIN, adjoint, apply, apply_tiled, blocks, full_precision, range_finder, row_slices, wide
+from curvkern.ops.delta import THIN, adjoint, apply, apply_tiled, blocks, range_finder, row_slices, wide
 from curvkern.ops.score import WEIGHTS
 
 
@@ -191,7 +191,7 @@ class _Penalty(torch.autograd.Function):
     def forward(ctx: Any, B: Tensor, A: Tensor, *where: Any) -> Tensor:
         """``where``: aligned, base, basis, backend."""
         dtype = wide(B, A, *where[:3])
-        with full_precision(B):
+        with torch.autocast(B.device.type, enabled=False):
             b, a = B.to(dtype), A.to(dtype)
             m = b - _image(b, *where)
             h, g = m.mT @ m, a @ a.mT
@@ -204,7 +204,7 @@ class _Penalty(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         B, A, m, h, g, aligned, base, basis = ctx.saved_tensors
         grad_b = grad_a = None
-        with full_precision(m):
+        with torch.autocast(m.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 left = m - _image(m, aligned, base, basis, ctx.backend)
                 grad_b = (2 * grad * left @ g).to(B.dtype)
@@ -245,12 +245,11 @@ def _over(x: Tensor, norm: Tensor) -> Tensor:
 def alignment_map_ref(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
     """The definition of `alignment_map`, in plain torch: V^T x first, or V V^T in tiles where that costs less."""
     (o, i), c = aligned.shape, x.shape[1]
-    with full_precision(x):
-        if o * (i + 2 * c) < 4 * i * c:
-            y, square = apply_tiled(x, aligned, base)
-        else:
-            t, square = adjoint(x, aligned, base)
-            y = apply(t, aligned, base)
+    if o * (i + 2 * c) < 4 * i * c:
+        y, square = apply_tiled(x, aligned, base)
+    else:
+        t, square = adjoint(x, aligned, base)
+        y = apply(t, aligned, base)
     norm = square.sqrt().to(y.dtype)
     return _over(y, norm), norm
 
@@ -283,11 +282,10 @@ def subspace_basis_ref(aligned: Tensor, base: Tensor, rank: int, oversample: int
 
 def project_ref(x: Tensor, basis: Tensor, complement: bool, scale: float) -> None:
     """The definition of `project_`, in plain torch."""
-    with full_precision(x):
-        t, _ = adjoint(basis, x, None)
-        for rows, block in blocks(x, None, t.dtype, basis.shape[1]):
-            inside = basis[rows].to(t.dtype) @ t.mT
-            x[rows] = scale * (block - inside if complement else inside)
+    t, _ = adjoint(basis, x, None)
+    for rows, block in blocks(x, None, t.dtype, basis.shape[1]):
+        inside = basis[rows].to(t.dtype) @ t.mT
+        x[rows] = scale * (block - inside if complement else inside)
 
 
 # checks ---------------------------------------------------------------------------------------------------------------

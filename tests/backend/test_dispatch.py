@@ -10,7 +10,7 @@ import curvkern
 from curvkern.backend import dispatch
 from curvkern.backend.dispatch import BackendError, Route, lazily
 
-X = torch.zeros(3)
+X, CPU = torch.zeros(3), torch.device("cpu")
 
 
 def route(backend, refusal=None):
@@ -29,23 +29,23 @@ def _nothing_asked_for(monkeypatch):
 
 
 def test_auto_takes_the_first_that_can():
-    assert dispatch.run("op", ROUTES, "auto", (X,)) == "better"
-    assert dispatch.run("op", ROUTES[1:], "auto", (X,)) == "better"
-    assert dispatch.run("op", ROUTES[2:], "auto", (X,)) == "reference"
+    assert dispatch.run("op", ROUTES, "auto", (X,), CPU) == "better"
+    assert dispatch.run("op", ROUTES[1:], "auto", (X,), CPU) == "better"
+    assert dispatch.run("op", ROUTES[2:], "auto", (X,), CPU) == "reference"
 
 
 def test_refusals_see_the_arguments():
     odd = Route("fast", lambda x: "fast", lambda x: "x is odd" if x.numel() % 2 else None)
-    assert dispatch.run("op", (odd, ROUTES[2]), "auto", (torch.zeros(3),)) == "reference"
-    assert dispatch.run("op", (odd, ROUTES[2]), "auto", (torch.zeros(4),)) == "fast"
+    assert dispatch.run("op", (odd, ROUTES[2]), "auto", (torch.zeros(3),), CPU) == "reference"
+    assert dispatch.run("op", (odd, ROUTES[2]), "auto", (torch.zeros(4),), CPU) == "fast"
 
 
 def test_argument_beats_block_beats_environment(monkeypatch):
     monkeypatch.setenv("CURVKERN_BACKEND", "reference")
-    assert dispatch.run("op", ROUTES, "auto", (X,)) == "reference"
+    assert dispatch.run("op", ROUTES, "auto", (X,), CPU) == "reference"
     with curvkern.use("better"):
-        assert dispatch.run("op", ROUTES, "auto", (X,)) == "better"
-        assert dispatch.run("op", ROUTES, "reference", (X,)) == "reference"
+        assert dispatch.run("op", ROUTES, "auto", (X,), CPU) == "better"
+        assert dispatch.run("op", ROUTES, "reference", (X,), CPU) == "reference"
         with curvkern.use("auto"):
             assert dispatch.requested("op", "auto") == "auto"
         assert dispatch.requested("op", "auto") == "better"
@@ -72,10 +72,10 @@ def test_what_was_asked_for_runs_or_raises_with_the_reason(monkeypatch, how):
     def call():
         if how == "block":
             with curvkern.use("fast"):
-                return dispatch.run("op", ROUTES, "auto", (X,))
+                return dispatch.run("op", ROUTES, "auto", (X,), CPU)
         if how == "environment":
             monkeypatch.setenv("CURVKERN_BACKEND", "fast")
-        return dispatch.run("op", ROUTES, "fast" if how == "argument" else "auto", (X,))
+        return dispatch.run("op", ROUTES, "fast" if how == "argument" else "auto", (X,), CPU)
 
     with pytest.raises(BackendError, match=r"^op: backend 'fast' cannot run this call: x is odd$"):
         call()
@@ -83,24 +83,24 @@ def test_what_was_asked_for_runs_or_raises_with_the_reason(monkeypatch, how):
 
 def test_a_version_that_does_not_exist():
     with pytest.raises(BackendError, match=r"backend 'cuda' cannot run.*op has no such version; it has better, refer"):
-        dispatch.run("op", ROUTES[1:], "cuda", (X,))
+        dispatch.run("op", ROUTES[1:], "cuda", (X,), CPU)
 
 
 def test_unknown_names_suggest_the_nearest(monkeypatch):
     with pytest.raises(ValueError, match=r"^op: backend is 'cdua'; wanted one of .* Did you mean 'cuda'"):
-        dispatch.run("op", ROUTES, "cdua", (X,))
+        dispatch.run("op", ROUTES, "cdua", (X,), CPU)
     with pytest.raises(ValueError, match=r"^use: backend is 'tritn'.*Did you mean 'triton'"), curvkern.use("tritn"):
         pass
     monkeypatch.setenv("CURVKERN_BACKEND", "refrence")
     with pytest.raises(ValueError, match=r"CURVKERN_BACKEND is 'refrence'.*Did you mean 'reference'"):
-        dispatch.run("op", ROUTES, "auto", (X,))
+        dispatch.run("op", ROUTES, "auto", (X,), CPU)
 
 
 def test_falling_back_is_logged_once_per_op_and_reason(caplog):
     with caplog.at_level(logging.INFO, "curvkern"):
         for _ in range(3):
-            dispatch.run("op", ROUTES, "auto", (X,))
-        dispatch.run("other", ROUTES, "auto", (X,))
+            dispatch.run("op", ROUTES, "auto", (X,), CPU)
+        dispatch.run("other", ROUTES, "auto", (X,), CPU)
     assert [record.getMessage() for record in caplog.records] == ["op: not fast: x is odd", "other: not fast: x is odd"]
 
 
@@ -123,11 +123,11 @@ def test_triton_on_a_cpu_is_an_interpreter_and_never_taken_by_itself(monkeypatch
     routes = (route("triton"), route("reference"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.backend_missing("triton", CPU) is None
-    assert dispatch.run("op", routes, "auto", (X,)) == "reference"
-    assert dispatch.run("op", routes, "triton", (X,)) == "triton"
+    assert dispatch.run("op", routes, "auto", (X,), CPU) == "reference"
+    assert dispatch.run("op", routes, "triton", (X,), CPU) == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(BackendError, match=r"runs only as an interpreter \(TRITON_INTERPRET=1\)"):
-        dispatch.run("op", routes, "triton", (X,))
+        dispatch.run("op", routes, "triton", (X,), CPU)
 
 
 def test_triton_that_is_not_installed(monkeypatch):

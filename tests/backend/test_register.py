@@ -1,10 +1,13 @@
 """What registration promises of every op."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import curvkern
 from curvkern.backend.dispatch import BACKENDS, Route
 from curvkern.backend.register import REGISTERED, register
 
@@ -58,3 +61,26 @@ def test_real_and_fake_tensors_are_checked_alike(doubled):
     assert x.tolist() == [2] * 5
     assert len(seen) >= 2
     assert all(re.fullmatch(r"\((5|s\d+),\)", str(shape)) for shape in seen)
+
+
+def test_products_are_not_rounded_under_autocast(device):
+    d, x = torch.randn(2, 3, 40, device=device), torch.randn(2, 3, 30, device=device)
+    expected = curvkern.fisher_diag_(torch.zeros(40, 30, device=device), d, x, backend="reference")
+    with torch.autocast(device, dtype=torch.bfloat16):
+        got = curvkern.fisher_diag_(torch.zeros(40, 30, device=device), d, x, backend="reference")
+        assert (d.flatten(0, 1).T @ x.flatten(0, 1)).dtype == torch.bfloat16
+    assert torch.equal(got, expected)
+
+
+def test_a_call_does_not_import_the_compiler():
+    """torch.library.custom_op's first call would: 900 modules and two seconds."""
+    call = "import sys, torch, curvkern; curvkern.blend_(torch.zeros(9), torch.ones(9), 0.5)"
+    run = [sys.executable, "-c", f"{call}; assert 'torch._dynamo' not in sys.modules"]
+    subprocess.run(run, check=True, timeout=60)
+
+
+def test_versions_of_edited_arguments_rise_by_one():
+    weight, undo = torch.zeros(9), torch.zeros(2, dtype=torch.uint8)
+    target, before = torch.ones(9), (weight._version, undo._version)
+    curvkern.rollback_(weight, target, -1.0, rule="delta", undo=undo)
+    assert (weight._version, undo._version, target._version) == (before[0] + 1, before[1] + 1, 0)
