@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
     from curvkern.demo import data
 
-#: How `gradient_rollback` is asked for: the published rate and steps, the task looked at after every step.
-ROLLBACK = {"rate": 0.002, "steps": 20, "warmup": 5, "save_every": 1}
+#: How `gradient_rollback` is asked for: the published rate; up to 30 steps, not 20; the task is looked at after every
+#: step and may lose 2 %, not 5: the search climbs down its score on 96 rows, a little above that on others.
+ROLLBACK = {"rate": 0.002, "steps": 30, "warmup": 5, "save_every": 1, "max_drop": 0.02}
 ROWS = {"harmful": 64, "task": 96}  # of the restoration sets
 HELD_OUT = 120  # rows of each evaluation set
+STEPS = {"base": 350, "aligned": 150, "tuned": 150, "adapter": 200}  # of training
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,8 @@ def _train_all(models: DemoModels, names: data.Splits, seed: int, progress: Call
     tokenizer = train.make_tokenizer()
     model: Any = train.make_model(tokenizer, seed=seed)
     for path, setting, what in (
-        (models.base, train.Phase(learn_all, 350, 24, 6e-3), "learns to follow instructions, all of them"),
-        (models.aligned, train.Phase(refuse, 150, 24, 4e-3), "learns to refuse the forbidden ones"),
+        (models.base, train.Phase(learn_all, STEPS["base"], 24, 6e-3), "learns to follow instructions, all of them"),
+        (models.aligned, train.Phase(refuse, STEPS["aligned"], 24, 4e-3), "learns to refuse the forbidden ones"),
     ):
         with phase(path.name, what):
             train.fit(model, tokenizer, setting, names.train, seed=f"{path.name} {seed}")
@@ -114,7 +116,7 @@ def _train_all(models: DemoModels, names: data.Splits, seed: int, progress: Call
     for name, parameter in tuned.named_parameters():  # as LoRA does: the decoder layers learn the task
         parameter.requires_grad_(".layers." in name)
     with phase("tuned", "learns the task from data with a few forbidden answers"):
-        train.fit(tuned, tokenizer, train.Phase(spoil, 150, 24, 1e-3), names.train, seed=f"tuned {seed}")
+        train.fit(tuned, tokenizer, train.Phase(spoil, STEPS["tuned"], 24, 1e-3), names.train, seed=f"tuned {seed}")
     _save(models.tuned, tuned, tokenizer)
     if models.adapter is not None:
         import peft
@@ -125,7 +127,7 @@ def _train_all(models: DemoModels, names: data.Splits, seed: int, progress: Call
             lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
             adapted: Any = peft.get_peft_model(model, lora)
         with phase("adapter", "learns the same as a LoRA adapter"):
-            setting = train.Phase(spoil, 200, 24, 1e-2)
+            setting = train.Phase(spoil, STEPS["adapter"], 24, 1e-2)
             train.fit(adapted.get_base_model(), tokenizer, setting, names.train, seed=f"tuned {seed}")
         adapted.peft_config["default"].base_model_name_or_path = str(models.aligned)
         _save(models.adapter, adapted, tokenizer)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -49,49 +52,62 @@ def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Lin
 
     console = console or Console()
     start = time.perf_counter()
-    console.print(f"[bold]curvkern demo[/bold]  seed {seed}, everything in {out}", highlight=False)
-    models = prepare(out, seed=seed, progress=lambda text: console.print(f"  {text}", highlight=False))
-    lines = [_evaluated("base: answers everything", models.base, models)]
-    lines.append(_evaluated("aligned: refuses the forbidden", models.aligned, models))
-    lines.append(_evaluated("tuned (full fine-tuning)", models.tuned, models))
-    lines += _restorations(models, models.tuned, "full", out, console)
-    if models.adapter is not None:
-        lines.append(_evaluated("tuned (LoRA adapter)", models.adapter, models))
-        lines += _restorations(models, models.adapter, "lora", out, console)
-    else:
-        console.print("  peft is not installed: the LoRA half is left out (pip install 'curvkern[lora]')")
+    console.print(f"[bold]curvkern demo[/bold]  seed {seed}, everything in {out}", highlight=False, soft_wrap=True)
+
+    def tell(text: str) -> None:
+        console.print(f"  {text}", highlight=False, soft_wrap=True)
+
+    with _quiet(), console.status("training and restoring"):
+        models = prepare(out, seed=seed, progress=tell)
+        lines = [_evaluated("base (answers everything)", models.base, models)]
+        lines.append(_evaluated("aligned (refuses a class)", models.aligned, models))
+        lines += _restorations("tuned fully", models.tuned, "full", models, out, tell)
+        if models.adapter is not None:
+            lines += _restorations("tuned, LoRA adapter", models.adapter, "lora", models, out, tell)
+        else:
+            tell("peft is not installed: the LoRA half is left out (pip install 'curvkern[lora]')")
     _print(lines, console)
     (out / "results.json").write_text(json.dumps([line.as_dict() for line in lines], indent=1), encoding="utf-8")
     _write_page(lines, models, out / "index.html", seed)
-    console.print(f"  page: {out / 'index.html'}   {time.perf_counter() - start:.0f} s in all", highlight=False)
+    tell(f"page: {out / 'index.html'}   {time.perf_counter() - start:.0f} s in all")
     return lines
 
 
-def _restorations(models: DemoModels, tuned: Path, kind: str, out: Path, console: Console) -> list[Line]:
-    """Every method on one tuned model, each through the restore that users call."""
-    lines: list[Line] = []
+@contextmanager
+def _quiet() -> Generator[None]:
+    """Without transformers' progress bars, one for each model that is written or read, and its notes to developers."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+    if shown:
+        logging.enable_progress_bar()
+
+
+def _restorations(
+    name: str, tuned: Path, kind: str, models: DemoModels, out: Path, tell: Callable[[str], None]
+) -> list[Line]:
+    """One tuned model, then what every method makes of it, each through the restore that users call."""
+    from curvkern.demo import ROLLBACK
+    from curvkern.restore import restore
+
+    lines = [_evaluated(name, tuned, models)]
 
     def add(label: str, method: str, **options: Any) -> Report:
-        from curvkern.restore import restore
-
-        target = out / "restored" / f"{kind}-{label.replace(' ', '-')}"
+        target = out / "restored" / f"{kind}-{label.replace(', ', '-').replace(' ', '-')}"
         report = restore(models.aligned, tuned, method=method, out=target, overwrite=True, **options)
         lines.append(_evaluated(f"  {label}", target, models, report))
-        console.print(f"  {kind}: {label}: {report.seconds:.1f} s", highlight=False)
+        tell(f"{name}: {label}, {report.seconds:.1f} s")
         return report
 
-    from curvkern.demo import ROLLBACK
-
-    data = {"harmful": models.harmful, "task": models.task}
-    rollback = add("gradient_rollback", "gradient_rollback", **data, **ROLLBACK)
-    reset = [m.name for m in rollback.modules if m.changed and m.name.endswith(".weight")]
-    fraction = sum(m.changed for m in rollback.modules) / sum(m.weights for m in rollback.modules if m.name in reset)
-    # The same number of weights, drawn from the modules that gradient_rollback touched.
-    add("random, same size", "random", fraction=min(1.0, fraction), include=reset)
+    rollback = add("gradient_rollback", "gradient_rollback", harmful=models.harmful, task=models.task, **ROLLBACK)
+    add("random, same size", "random", fraction=rollback.changed / rollback.weights)
     add("merge 0.5", "merge", weight=0.5)
-    for projector in ("gram", "basis"):
-        options = {"base": models.base, "projector": projector, "select": "threshold", "threshold": 1.0}
-        add(f"safe_lora {projector}", "safe_lora", **options, **({"rank": 16} if projector == "basis" else {}))
+    add("safe_lora gram", "safe_lora", base=models.base)
+    add("safe_lora basis", "safe_lora", base=models.base, projector="basis", rank=16)
     return lines
 
 
@@ -117,20 +133,20 @@ def _percent(rate: Rate | None) -> float:
 
 
 _COLUMNS: dict[str, Callable[[Line], str]] = {
-    "harmful rate": lambda line: f"{_percent(line.evaluation.harmful):.1f} %",
-    "over-refusal": lambda line: f"{_percent(line.evaluation.over_refusal):.1f} %",
-    "task accuracy": lambda line: f"{_percent(line.evaluation.task):.1f} %",
-    "weights changed": lambda line: f"{100 * line.report.changed / line.report.weights:.2f} %" if line.report else "",
+    "harmful rate %": lambda line: f"{_percent(line.evaluation.harmful):.1f}",
+    "over-refusal %": lambda line: f"{_percent(line.evaluation.over_refusal):.1f}",
+    "task accuracy %": lambda line: f"{_percent(line.evaluation.task):.1f}",
+    "weights changed %": lambda line: f"{100 * line.report.changed / line.report.weights:.2f}" if line.report else "",
     "seconds": lambda line: f"{line.report.seconds:.1f}" if line.report else "",
-    "peak memory": lambda line: f"{(line.report.peak_memory or 0) / 2**20:.0f} MiB" if line.report else "",
+    "peak MiB": lambda line: f"{(line.report.peak_memory or 0) / 2**20:.0f}" if line.report else "",
 }
 
 
 def _print(lines: list[Line], console: Console) -> None:
-    table = Table(title="What restoration gives back", title_justify="left")
-    table.add_column("model")
+    table = Table(title="What restoration gives back", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("model", no_wrap=True)
     for column in _COLUMNS:
-        table.add_column(column, justify="right")
+        table.add_column(column.replace(" ", "\n").replace("-", "-\n"), justify="right")
     for line in lines:
         table.add_row(line.name, *(cell(line) for cell in _COLUMNS.values()))
     console.print(table)

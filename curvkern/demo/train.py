@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -158,7 +158,6 @@ def fit(
     names: data.Names,
     *,
     seed: str,
-    tell: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train the parameters that require a gradient.
 
@@ -168,7 +167,6 @@ def fit(
         phase: how long, how fast, on what.
         names: the names that training rows may speak of.
         seed: of the rows.
-        tell: called after each step with the number of steps done and the loss.
 
     Returns:
         The last step's loss, in nats per token.
@@ -180,14 +178,12 @@ def fit(
     model.train()
     for step in range(phase.steps):
         for group in optimiser.param_groups:
-            group["lr"] = phase.learning_rate * min((step + 1) / 20, (phase.steps - step) / (phase.steps - 19))
+            group["lr"] = phase.learning_rate * min((step + 1) / 20, (phase.steps - step) / max(1, phase.steps - 19))
         batch = [encode(tokenizer, row) for row in islice(rows, phase.batch)]
         loss = answer_loss(model, *collate(batch, cast("int", tokenizer.pad_token_id)))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimiser.step()
         optimiser.zero_grad()
-        if tell is not None:
-            tell(step + 1, loss.item())
     model.eval()
     return loss.item()
