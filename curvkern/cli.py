@@ -87,13 +87,20 @@ def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fals
 
 def main() -> None:
     """Run the command line; errors of use are one line, not a traceback."""
+    try:
+        app()
+    except Exception as error:
+        if not isinstance(error, _errors_of_use()):
+            raise
+        typer.secho(f"curvkern: error: {error}", err=True, fg="red")
+        sys.exit(2)
+
+
+def _errors_of_use() -> tuple[type[Exception], ...]:
+    """Imported once something went wrong: `curvkern --help` need not wait for them."""
     from curvkern import BackendError
     from curvkern.checkpoint import CheckpointError
     from curvkern.curvature import CurvatureError
     from curvkern.restore import RestoreError
 
-    try:
-        app()
-    except (ValueError, TypeError, FileNotFoundError, BackendError, CheckpointError, CurvatureError, RestoreError) as e:
-        typer.secho(f"curvkern: error: {e}", err=True, fg="red")
-        sys.exit(2)
+    return ValueError, TypeError, FileNotFoundError, BackendError, CheckpointError, CurvatureError, RestoreError
