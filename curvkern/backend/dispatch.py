@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +121,15 @@ def backend_missing(backend: str, device: torch.device) -> str | None:
     return triton_missing(device) if backend == "triton" else None
 
 
+def tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """All tensors among arguments, those in lists too."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, list | tuple):
+            yield from (item for item in argument if isinstance(item, Tensor))  # pyright: ignore[reportUnknownVariableType]
+
+
 def _unusable(route: Route, device: torch.device, args: Sequence[Any]) -> str | None:
     """Why ``route`` cannot run this call, or None."""
     return backend_missing(route.backend, device) or route.refuse(*args)
@@ -190,9 +199,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     token = _explaining.set(True)
     try:
         with contextlib.ExitStack() as kept:
-            for argument in (*args, *kwargs.values()):
-                if isinstance(argument, Tensor) and not argument.is_inference():
-                    kept.enter_context(_same_version(argument))
+            for tensor in tensors((*args, *kwargs.values())):
+                if not tensor.is_inference():
+                    kept.enter_context(_same_version(tensor))
             op(*args, **kwargs)
     except _Explained as explained:
         return explained.choices

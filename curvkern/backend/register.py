@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from curvkern.backend import dispatch
@@ -35,7 +34,8 @@ def register(
     Not by ``torch.library.custom_op``, whose calls cost three times as much and import torch._dynamo.
 
     Args:
-        schema: torch schema whose last argument is ``str backend``: ``"f(Tensor(a!) x, str backend) -> ()"``.
+        schema: torch schema whose last argument is ``str backend``: ``"f(Tensor(a!) x, str backend) -> ()"``. Lists of
+            tensors (``Tensor(a!)[]``) will do too; there must be a tensor somewhere.
         check: raises for bad arguments; called with all arguments but the backend, for real and fake tensors alike.
         routes: the implementations, best first; each takes what ``check`` takes.
         fake: the outputs as empty tensors, from the same arguments.
@@ -45,7 +45,7 @@ def register(
 
     def real(*args: Any) -> Any:
         check(*args[:-1])
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = next(t.device for t in dispatch.tensors(args))
         if not torch.is_autocast_enabled(device.type):
             return dispatch.run(name, routes, args[-1], args[:-1], device)
         with torch.autocast(device.type, enabled=False):
@@ -58,7 +58,7 @@ def register(
     def versioned(keys: Any, *args: Any) -> Any:
         for at in mutated:
             if args[at] is not None:
-                increment_version(args[at])
+                increment_version(args[at])  # of a tensor, or of each in a list
         return op.redispatch(keys & _below, *args)
 
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

@@ -63,6 +63,26 @@ def test_real_and_fake_tensors_are_checked_alike(doubled):
     assert all(re.fullmatch(r"\((5|s\d+),\)", str(shape)) for shape in seen)
 
 
+def test_lists_of_tensors():
+    def reference(ys, x):
+        for y in ys:
+            y.add_(x)
+
+    call = register(
+        "test_added_(Tensor(a!)[] ys, Tensor? x, str backend) -> ()",
+        check=lambda ys, x: None,
+        routes=(Route("reference", reference),),
+    )
+    del REGISTERED["test_added_"]
+    ys = [torch.zeros(2), torch.ones(3)]
+    call(ys, torch.ones(1), "auto")
+    assert [y.tolist() for y in ys] == [[1, 1], [2, 2, 2]]
+    assert [y._version for y in ys] == [2, 2]  # once by add_, once for the op
+    step = torch.compile(lambda ys, x: call(ys, x, "auto"), fullgraph=True, backend="aot_eager")
+    step(ys, torch.ones(1))
+    assert [y.tolist() for y in ys] == [[2, 2], [3, 3, 3]]
+
+
 def test_products_are_not_rounded_under_autocast(device):
     d, x = torch.randn(2, 3, 40, device=device), torch.randn(2, 3, 30, device=device)
     expected = curvkern.fisher_diag_(torch.zeros(40, 30, device=device), d, x, backend="reference")
