@@ -1,5 +1,6 @@
 """The ops: fused kernels on weights, activations and gradients, each with a plain torch definition beside it."""
 
+from curvkern.ops.alignment_scores import AlignmentScores, alignment_scores, alignment_scores_ref
 from curvkern.ops.delta import delta_floor
 from curvkern.ops.fisher import (
     fisher_blocks_,
@@ -16,13 +17,10 @@ from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key,
 from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
 from curvkern.ops.selector import Selector, Threshold
 from curvkern.ops.subspace import (
-    AlignmentScores,
     alignment_map,
     alignment_map_ref,
     alignment_penalty,
     alignment_penalty_ref,
-    alignment_scores,
-    alignment_scores_ref,
     project_,
     project_ref,
     subspace_basis,

@@ -8,7 +8,8 @@ cache, and a hand-written AVX-512 sweep was less than twice as fast (4096 x 4096
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -17,40 +18,32 @@ from torch.autograd.function import once_differentiable
 from curvkern.backend import check
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
-from curvkern.ops.delta import THIN, adjoint, apply, apply_tiled, blocks, range_finder, row_slices, wide
+from curvkern.ops.delta import THIN, adjoint, apply, apply_tiled, blocks, range_finder, wide
 from curvkern.ops.score import WEIGHTS
 
 
-class AlignmentScores(NamedTuple):
-    r"""How an update stands to the alignment direction; 0-dim tensors.
-
-    Attributes:
-        cosine: of the update and its image under C, in [0, 1] up to rounding. An update unrelated to a V of
-            independent entries has about :math:`\sqrt{i / (i + o)}`: compare modules of one shape.
-        shrink: norm of the image over norm of the update.
-        distance: norm of image minus update.
-    """
-
-    cosine: Tensor
-    shrink: Tensor
-    distance: Tensor
-
-
-def alignment_map(x: Tensor, aligned: Tensor, base: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+@overload
+def alignment_map(x: Tensor, aligned: Tensor, base: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]: ...
+@overload
+def alignment_map(
+    x: Sequence[Tensor], aligned: Sequence[Tensor], base: Sequence[Tensor], *, backend: str = "auto"
+) -> tuple[list[Tensor], Tensor]: ...
+def alignment_map(x: Any, aligned: Any, base: Any, *, backend: str = "auto") -> tuple[Any, Tensor]:
     r"""The image of x under the alignment map, :math:`C x = V (V^T x) / |V|_F` with :math:`V = W_a - W_u`.
 
     C is symmetric without negative eigenvalues, but no projector: its mean eigenvalue is :math:`|V|_F / o`, for square
     weights the root mean square of V's entries, so that an image is hundreds of times smaller than its update.
 
     Args:
-        x: [o, r], any floating dtype: columns such as LoRA's B, or a whole update [o, i].
-        aligned: weight [o, i] of the aligned model; float32, float16, bfloat16 (reference: float64 too).
-        base: the same weight before alignment; its dtype may differ.
+        x: [o, r], any floating dtype: columns such as LoRA's B, or a whole update [o, i]. Or a list of them, one for
+            each module: on a GPU all modules of one shape go in two launches.
+        aligned: weight [o, i] of the aligned model; float32, float16, bfloat16 (reference: float64 too); or a list.
+        base: the same weight before alignment; its dtype may differ; or a list.
         backend: see `use`.
 
     Returns:
         ``(y, norm)``: y [o, r] and the scalar :math:`|V|_F`, float32 (float64 if any input is): half precision would
-        lose an image so much smaller than x. Where aligned equals base both are 0.
+        lose an image so much smaller than x. Where aligned equals base both are 0. For lists a list of y, and norm [m].
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -58,42 +51,17 @@ def alignment_map(x: Tensor, aligned: Tensor, base: Tensor, *, backend: str = "a
 
     Source: Hsu et al., Safe LoRA (2405.16833), eq. 2. Deterministic.
     """
-    check.no_grad("alignment_map", x=x, aligned=aligned, base=base)
-    return _alignment_map(x, aligned, base, backend)
-
-
-def alignment_scores(
-    B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor, *, backend: str = "auto"
-) -> AlignmentScores:
-    r"""Cosine, shrink and distance of an update :math:`\Delta = BA` and its image :math:`C\Delta` (`alignment_map`).
-
-    With :math:`Y = CB` and :math:`G = AA^T`, :math:`\langle C\Delta, \Delta\rangle = \mathrm{tr}(Y^T B\,G)` and so on:
-    neither is formed. A LoRA scale would change the distance alone, in proportion.
-
-    Args:
-        B: [o, r], any floating dtype; or, with ``A=None``, a whole update [o, i].
-        A: [r, i], any floating dtype; or None.
-        aligned: weight [o, i] of the aligned model, see `alignment_map`.
-        base: the same weight before alignment.
-        backend: see `use`.
-
-    Returns:
-        `AlignmentScores` in float32 (float64 if any input is). Cosine and shrink are 0 where update or image is.
-
-    Raises:
-        TypeError, ValueError: arguments that do not fit.
-        RuntimeError: an input requires grad under grad mode.
-
-    Source: the cosine is Safe LoRA's (2405.16833, eq. 3). Deterministic.
-    """
-    check.no_grad("alignment_scores", B=B, A=A, aligned=aligned, base=base)
-    _check_update("alignment_scores", B, A, aligned, base)
-    y, _ = _alignment_map(B, aligned, base, backend)
-    gram = None if A is None else A.double() @ A.double().mT
-    sums = torch.zeros(4, dtype=torch.float64, device=B.device)
-    for rows in row_slices(B, torch.float64):
-        sums += _products(y[rows].double(), B[rows].double(), gram)
-    return AlignmentScores(*(score.to(y.dtype) for score in _scores(sums)))
+    if isinstance(x, Tensor):
+        check.no_grad("alignment_map", x=x, aligned=aligned, base=base)
+        return _alignment_map(x, aligned, base, backend)
+    lists = same_length("alignment_map", x=x, aligned=aligned, base=base)
+    if not lists["x"]:
+        return [], torch.zeros(0)
+    for one, other, third in zip(*lists.values(), strict=True):
+        check.no_grad("alignment_map", x=one, aligned=other, base=third)
+    flat, norms = _alignment_maps(*lists.values(), backend)
+    parts = flat.split([one.numel() for one in lists["x"]])
+    return [part.view(one.shape) for part, one in zip(parts, lists["x"], strict=True)], norms
 
 
 def alignment_penalty(
@@ -221,20 +189,7 @@ def _image(x: Tensor, aligned: Tensor | None, base: Tensor | None, basis: Tensor
     return u @ (u.mT @ x)
 
 
-def _products(image: Tensor, update: Tensor, gram: Tensor | None) -> Tensor:
-    """<image, update>, |image|^2, |update|^2, |image - update|^2; with ``gram`` = A A^T those of image A, update A."""
-    gap = image - update
-    pairs = ((image, update), (image, image), (update, update), (gap, gap))
-    return torch.stack([(p * q).sum() if gram is None else (p.mT @ q * gram).sum() for p, q in pairs])
-
-
-def _scores(products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cosine, shrink and distance from `_products`."""
-    inner, image, update, gap = products.clamp_min(0).unbind()
-    return _over(inner, image.sqrt() * update.sqrt()), _over(image.sqrt(), update.sqrt()), gap.sqrt()
-
-
-def _over(x: Tensor, norm: Tensor) -> Tensor:
+def over(x: Tensor, norm: Tensor) -> Tensor:
     """Quotient with 0 / 0 = 0; NaN stays NaN."""
     return x / torch.where(norm == 0, 1.0, norm)
 
@@ -251,14 +206,13 @@ def alignment_map_ref(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor,
         t, square = adjoint(x, aligned, base)
         y = apply(t, aligned, base)
     norm = square.sqrt().to(y.dtype)
-    return _over(y, norm), norm
+    return over(y, norm), norm
 
 
-def alignment_scores_ref(B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> AlignmentScores:
-    """The definition of `alignment_scores`, in plain torch: update and image are formed."""
-    dtype = wide(B, A, aligned, base)
-    update = B.to(dtype) if A is None else B.to(dtype) @ A.to(dtype)
-    return AlignmentScores(*_scores(_products(alignment_map_ref(update, aligned, base)[0], update, None)))
+def alignment_maps_ref(xs: list[Tensor], aligned: list[Tensor], base: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The definition of `alignment_map` of lists: the images one after the other, and the norms."""
+    images = [alignment_map_ref(*module) for module in zip(xs, aligned, base, strict=True)]
+    return torch.cat([y.flatten() for y, _ in images]), torch.stack([norm for _, norm in images])
 
 
 def alignment_penalty_ref(
@@ -271,7 +225,7 @@ def alignment_penalty_ref(
         image = _image(update, None, None, basis, "reference")
     else:
         v = aligned.to(dtype) - base.to(dtype)
-        image = _over(v @ (v.mT @ update), v.norm())
+        image = over(v @ (v.mT @ update), v.norm())
     return (update - image).square().sum()
 
 
@@ -306,7 +260,26 @@ def _check_map(x: Tensor, aligned: Tensor, base: Tensor) -> None:
     check.shape("alignment_map", "x", x, (len(aligned), x.shape[1]), "a row for each row of aligned")
 
 
-def _check_update(op: str, B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> None:
+def same_length(op: str, **lists: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """The lists, after the check that each holds as many tensors as the first."""
+    (first, wanted), *others = lists.items()
+    for name, tensors in others:
+        if isinstance(tensors, Tensor) or len(tensors) != len(wanted):
+            came = "a tensor" if isinstance(tensors, Tensor) else f"a list of {len(tensors)}"
+            raise ValueError(f"{op}: {name} is {came}; wanted a list of {len(wanted)}, as {first} is.")
+    return {name: list(tensors) for name, tensors in lists.items()}
+
+
+def _check_maps(xs: list[Tensor], aligned: list[Tensor], base: list[Tensor]) -> None:
+    for at, module in enumerate(zip(xs, aligned, base, strict=True)):
+        try:
+            _check_map(*module)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (module {at} of the list)") from None
+
+
+def check_update(op: str, B: Tensor, A: Tensor | None, aligned: Tensor, base: Tensor) -> None:
+    """Raise unless B and A fit each other and the weights."""
     _matrices(op, B=B, A=A, aligned=aligned, base=base)
     check.same_shape(op, aligned=aligned, base=base)
     if A is None:
@@ -326,7 +299,7 @@ def _check_penalty(B: Tensor, A: Tensor, aligned: Tensor | None, base: Tensor | 
         _matrices(op, B=B, A=A, basis=basis)
         check.shape(op, "B", B, (len(basis), len(A)), "[o, r] beside A [r, i] and basis [o, k]")
     if aligned is not None and base is not None:
-        _check_update(op, B, A, aligned, base)
+        check_update(op, B, A, aligned, base)
 
 
 def _check_basis(aligned: Tensor, base: Tensor, rank: int, oversample: int, power: int, seed: int) -> None:
@@ -355,6 +328,10 @@ def _refuse_map(x: Tensor, aligned: Tensor, base: Tensor) -> str | None:
     return _refuse(x, aligned, base)
 
 
+def _refuse_maps(xs: list[Tensor], aligned: list[Tensor], base: list[Tensor]) -> str | None:
+    return next(filter(None, map(_refuse_map, xs, aligned, base)), None)
+
+
 def _refuse_project(x: Tensor, basis: Tensor, *_: object) -> str | None:
     return _refuse(x, basis) if x.is_contiguous() else "x is not contiguous"
 
@@ -367,6 +344,11 @@ def _fake_map(x: Tensor, aligned: Tensor, base: Tensor) -> tuple[Tensor, Tensor]
     return x.new_empty(x.shape, dtype=dtype), x.new_empty((), dtype=dtype)
 
 
+def _fake_maps(xs: list[Tensor], aligned: list[Tensor], base: list[Tensor]) -> tuple[Tensor, Tensor]:
+    dtype = wide(*xs, *aligned, *base)
+    return xs[0].new_empty(sum(x.numel() for x in xs), dtype=dtype), xs[0].new_empty(len(xs), dtype=dtype)
+
+
 _alignment_map = register(
     "alignment_map(Tensor x, Tensor aligned, Tensor base, str backend) -> (Tensor, Tensor)",
     check=_check_map,
@@ -374,6 +356,16 @@ _alignment_map = register(
     routes=(
         Route("triton", lazily("curvkern.kernels.subspace:alignment_map"), _refuse_map),
         Route("reference", alignment_map_ref),
+    ),
+)
+
+_alignment_maps = register(
+    "alignment_maps(Tensor[] xs, Tensor[] aligned, Tensor[] base, str backend) -> (Tensor, Tensor)",
+    check=_check_maps,
+    fake=_fake_maps,
+    routes=(
+        Route("triton", lazily("curvkern.kernels.subspace:alignment_maps"), _refuse_maps),
+        Route("reference", alignment_maps_ref),
     ),
 )
 
