@@ -12,8 +12,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-#: ``edge``: small, at the borders of kernels' regimes, for tests; ``s``, ``m``, ``l``: for measuring.
-Size = Literal["edge", "s", "m", "l"]
+#: ``edge``: small, at the borders of kernels' regimes, for tests; ``tiny``: so small that only the host's time is left;
+#: ``s``: seconds on two cores; ``m``: a layer on a GPU; ``l``: the wide layers.
+Size = Literal["edge", "tiny", "s", "m", "l"]
+
+#: Linear layers, [out, in].
+LAYERS = {
+    "Pythia-70M o": (512, 512),
+    "Qwen3-0.6B k": (1024, 1024),
+    "Qwen3-0.6B up": (3072, 1024),
+    "Gemma-3-1B o": (1152, 1024),
+    "Gemma-3-4B up": (10240, 2560),
+    "Llama-2-7B q": (4096, 4096),
+    "Llama-2-7B up": (11008, 4096),
+    "Llama-3-8B up": (14336, 4096),
+    "Llama-3-70B q": (8192, 8192),
+    "Llama-3-70B down": (8192, 28672),
+    "Qwen3-30B-A3B expert": (768, 2048),
+}
+
+#: What ops that take a weight once are measured on.
+MEASURED: tuple[tuple[str, Size], ...] = (
+    ("Qwen3-0.6B k", "s"),
+    ("Qwen3-0.6B up", "s"),
+    ("Llama-2-7B q", "m"),
+    ("Gemma-3-4B up", "m"),
+    ("Llama-3-8B up", "l"),
+    ("Llama-3-70B down", "l"),
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,12 @@ class Case:
     flops: int = 0
 
     def __str__(self) -> str:
-        return f"{self.function}-{self.label}-{str(self.dtype).removeprefix('torch.')}".replace(" ", "_")
+        return f"{self.function}-{self.label}-{self.dtype_name}".replace(" ", "_")
+
+    @property
+    def dtype_name(self) -> str:
+        """``"bfloat16"``."""
+        return str(self.dtype).removeprefix("torch.")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> Tensor:
@@ -51,34 +82,51 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu",
 
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+WIDE_AND_HALF = (torch.float32, torch.bfloat16)
+
+
+def _text(shape: tuple[int, ...], layer: str = "") -> str:
+    """``"Llama-2-7B q 4096x4096"``."""
+    return f"{layer} {'x'.join(map(str, shape))}".lstrip()
 
 
 def _rollback() -> list[Case]:
-    """Sizes at the borders of a byte of undo bits and of a block of 2048; Llama's square and wide layers."""
+    """Sizes at the borders of a byte of undo bits and of a block of 2048; layers of language models."""
 
-    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size) -> Case:
-        n = torch.Size(shape).numel()
+    def pair(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> list[Tensor]:
+        return [random(*shape, dtype=dtype, device=device, seed=seed) for seed in (1, 2)]
 
+    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size, layer: str = "") -> Case:
         def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            weight = random(*shape, dtype=dtype, device=device, seed=1)
-            target = random(*shape, dtype=dtype, device=device, seed=2)
             grad = random(*shape, device=device, seed=3)
-            return (weight, target, 1.0), {"rule": "grad", "gate": "descent", "grad": grad}
+            return (*pair(shape, dtype, device), 1.0), {"rule": "grad", "gate": "descent", "grad": grad}
 
-        label = "x".join(map(str, shape))
         # Weight, target and gradient once; a quarter passes the gate, a third of that the threshold: written blocks.
-        return Case("rollback", "rollback_", label, dtype, size, make, bytes=n * (3 * dtype.itemsize + 4))
+        moved = torch.Size(shape).numel() * (3 * dtype.itemsize + 4)
+        return Case("rollback", "rollback_", _text(shape, layer), dtype, size, make, bytes=moved)
+
+    def blend(shape: tuple[int, ...], dtype: torch.dtype, size: Size, layer: str = "") -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return (*pair(shape, dtype, device), 0.3), {}
+
+        moved = torch.Size(shape).numel() * 3 * dtype.itemsize
+        return Case("rollback", "blend_", _text(shape, layer), dtype, size, make, bytes=moved)
 
     edges = [(0,), (1,), (7,), (8,), (9,), (2047,), (2048,), (2049,), (33, 65)]
-    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
     cases = [case(shape, dtype, "edge") for shape in edges for dtype in FLOATS]
-    return cases + [case(shape, dtype, size) for shape, size in measured for dtype in (torch.float32, torch.bfloat16)]
+    cases += [blend((8, 8), dtype, "tiny") for dtype in FLOATS]
+    return cases + [
+        one(LAYERS[layer], dtype, size, layer)
+        for one in (case, blend)
+        for layer, size in MEASURED
+        for dtype in WIDE_AND_HALF
+    ]
 
 
 def _select() -> list[Case]:
-    """Sizes at the borders of a block (128 on the CPU, 1024 in Triton, 6144 in CUDA) and of a tile; Llama's layers."""
+    """Sizes at the borders of a block (128 on the CPU, 1024 in Triton, 6144 in CUDA) and of a tile; models' layers."""
 
-    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size) -> Case:
+    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size, layer: str = "") -> Case:
         n = torch.Size(shape).numel()
 
         def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -91,27 +139,29 @@ def _select() -> list[Case]:
 
         # Weight, target and gradient once; tiles also write a byte a weight.
         tile = 1 if function == "block_select" else 0
-        label = "x".join(map(str, shape))
-        return Case("select", function, label, dtype, size, make, bytes=n * (2 * dtype.itemsize + 4 + tile))
+        moved = n * (2 * dtype.itemsize + 4 + tile)
+        return Case("select", function, _text(shape, layer), dtype, size, make, bytes=moved)
 
     lines = [(0,), (1,), (127,), (128,), (129,), (1025,), (6145,), (33, 65)]
     tiles = [(0, 5), (5, 0), (1, 1), (7, 129), (129, 257), (300, 128)]
-    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
     cases = [case("score_histogram_", shape, dtype, "edge") for shape in lines for dtype in FLOATS]
     cases += [case("block_select", shape, dtype, "edge") for shape in tiles for dtype in FLOATS]
-    for function in ("score_histogram_", "block_select"):
-        cases += [case(function, line, dtype, size) for line, size in measured for dtype in FLOATS[::2]]
-    return cases
+    return cases + [
+        case(function, LAYERS[layer], dtype, size, layer)
+        for function in ("score_histogram_", "block_select")
+        for layer, size in MEASURED
+        for dtype in WIDE_AND_HALF
+    ]
 
 
 def _subspace() -> list[Case]:
-    """Sizes at the borders of a strip (128), a step (32), a share (128), a column tile (16, 64); Llama's layers."""
+    """Sizes at the borders of a strip (128), a step (32), a share (128), a column tile (16, 64); layers of models."""
 
     def near(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) -> tuple[Tensor, Tensor]:
         aligned = random(*shape, dtype=dtype, device=device, seed=seed)
         return aligned, (aligned.float() + 0.1 * random(*shape, device=device, seed=seed + 1)).to(dtype)
 
-    def update(o: int, i: int, r: int, dtype: torch.dtype, size: Size) -> list[Case]:
+    def update(o: int, i: int, r: int, dtype: torch.dtype, size: Size, layer: str = "") -> list[Case]:
         def image(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             return (random(o, r, device=device, seed=1), *near((o, i), dtype, device, 2)), {}
 
@@ -121,51 +171,89 @@ def _subspace() -> list[Case]:
 
         # V^T x must be complete before V multiplies it: both weights are read twice.
         cost = {"bytes": 4 * o * i * dtype.itemsize + 8 * o * r, "flops": 4 * o * i * r}
-        label = f"{o}x{i} r{r}"
+        label = f"{_text((o, i), layer)} r{r}"
         return [
             Case("subspace", "alignment_map", label, dtype, size, image, **cost),
             Case("subspace", "alignment_scores", label, dtype, size, scores, **cost),
         ]
 
-    def projection(o: int, c: int, k: int, dtype: torch.dtype, size: Size, complement: bool = True) -> Case:
+    def projection(
+        o: int, c: int, k: int, dtype: torch.dtype, size: Size, complement: bool = True, layer: str = ""
+    ) -> Case:
         def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             basis = torch.linalg.qr(random(o, k, seed=1)).Q.to(device)
             return (random(o, c, dtype=dtype, device=device, seed=2), basis), {"complement": complement, "scale": 0.5}
 
         # x is read for its coordinates, then read and written.
         cost = {"bytes": 3 * o * c * dtype.itemsize + 8 * o * k, "flops": 4 * o * c * k}
-        return Case("subspace", "project_", f"{o}x{c} k{k}", dtype, size, make, **cost)
+        return Case("subspace", "project_", f"{_text((o, c), layer)} k{k}", dtype, size, make, **cost)
 
     edges = [(0, 3, 2), (3, 0, 2), (3, 2, 0), (1, 1, 1), (31, 129, 16), (129, 33, 17), (257, 7, 3), (5, 130, 65)]
     projected = [(0, 3, 0), (3, 0, 2), (1, 1, 1), (129, 63, 3), (40, 65, 33)]
-    measured: list[tuple[int, int, Size]] = [(1024, 1024, "s"), (4096, 4096, "m"), (11008, 4096, "l")]
     cases = [case for shape in edges for dtype in FLOATS for case in update(*shape, dtype, "edge")]
     cases += [projection(o, c, k, dtype, "edge", k % 2 == 0) for o, c, k in projected for dtype in FLOATS]
-    for o, i, size in measured:
-        cases += [case for dtype in (torch.float32, torch.bfloat16) for case in update(o, i, 16, dtype, size)]
-        cases += [projection(o, i, 64, dtype, size) for dtype in (torch.float32, torch.bfloat16)]
+    for layer, size in MEASURED:
+        for dtype in WIDE_AND_HALF:
+            cases += update(*LAYERS[layer], 16, dtype, size, layer)
+            cases.append(projection(*LAYERS[layer], 64, dtype, size, layer=layer))
     return cases
 
 
 def _fisher() -> list[Case]:
-    """Empty, one element, tails of every tile side; square layers of language models."""
+    """Empty, one element, tails of every tile side; layers of language models, and experts with ragged samples."""
+    plain: dict[str, Any] = {}
 
-    def case(n: int, t: int, o: int, i: int, dtype: torch.dtype, size: Size) -> Case:
+    def case(n: int, t: int, o: int, i: int, dtype: torch.dtype, size: Size, layer: str = "", **how: Any) -> Case:
+        """``how``: options of the function; ``block`` makes it fisher_blocks_, ``weight_grad=True`` adds the tensor."""
+        block = how.get("block")
+        rows, cols = block or (1, 1)
+
         def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             d = random(n, t, o, dtype=dtype, device=device, seed=1)
             x = random(n, t, i, dtype=dtype, device=device, seed=2)
-            return (torch.zeros(o, i, device=device), d, x), {}
+            grad = {"weight_grad": torch.zeros(o, i, device=device)} if "weight_grad" in how else {}
+            return (torch.zeros(-(-o // rows), -(-i // cols), device=device), d, x), {**how, **grad}
 
-        moved = n * t * (o + i) * dtype.itemsize + 8 * o * i
-        label = f"n{n} t{t} {o}x{i}"
-        return Case("fisher", "fisher_diag_", label, dtype, size, make, bytes=moved, flops=2 * n * t * o * i)
+        sums = o * i * (1 + ("weight_grad" in how)) if block is None else 0
+        moved = n * t * (o + i) * dtype.itemsize + 8 * sums
+        function = "fisher_diag_" if block is None else "fisher_blocks_"
+        words = [f"n{n} t{t}", _text((o, i), layer), *(f"{k}={v}" if isinstance(v, str) else k for k, v in how.items())]
+        return Case("fisher", function, " ".join(words), dtype, size, make, bytes=moved, flops=2 * n * t * o * i)
+
+    def experts(e: int, n: int, tokens: int, layer: str, dtype: torch.dtype, size: Size) -> Case:
+        """``tokens`` routed to ``e`` experts, cut at random into ``n`` sequences an expert."""
+        o, i = LAYERS[layer]
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            cuts = torch.randint(tokens, (e * n - 1,), generator=torch.Generator().manual_seed(3)).sort().values
+            starts = torch.cat((torch.tensor([0]), cuts, torch.tensor([tokens]))).to(device)
+            d = random(tokens, o, dtype=dtype, device=device, seed=1)
+            x = random(tokens, i, dtype=dtype, device=device, seed=2)
+            return (torch.zeros(e, o, i, device=device), d, x), {"cu_seqlens": starts, "segments": starts[::n].clone()}
+
+        label = f"{e} experts n{e * n} {tokens} tokens {_text((o, i), layer)}"
+        moved = tokens * (o + i) * dtype.itemsize + 8 * e * o * i
+        return Case("fisher", "fisher_diag_", label, dtype, size, make, bytes=moved, flops=2 * tokens * o * i)
 
     edges = [(0, 3, 4, 5), (2, 0, 4, 5), (1, 1, 1, 1), (3, 5, 17, 33), (2, 65, 13, 40)]
-    measured: list[tuple[int, int, int, Size]] = [(32, 128, 1024, "s"), (32, 512, 4096, "m"), (128, 128, 4096, "l")]
     cases = [case(*shape, dtype, "edge") for shape in edges for dtype in FLOATS]
-    return cases + [
-        case(n, t, o, o, dtype, size) for n, t, o, size in measured for dtype in (torch.float32, torch.bfloat16)
-    ]
+    cases += [case(1, 4, 8, 8, dtype, "tiny", block=(4, 4)) for dtype in FLOATS]
+
+    pythia, qwen, llama = ("Pythia-70M o", "Qwen3-0.6B k", "Llama-2-7B q")
+    kinds = (plain, {"weight_grad": True}, {"sample": "token"}, {"block": (128, 128)})
+    for n, t, layer in [(8, 64, pythia), (32, 64, pythia), (32, 256, pythia), (8, 64, qwen), (32, 256, qwen)]:
+        cases.append(case(n, t, *LAYERS[layer], torch.float32, "s", layer))
+    cases += [case(32, 128, *LAYERS[qwen], torch.float32, "s", qwen, **how) for how in kinds]
+    cases.append(case(32, 128, *LAYERS[qwen], torch.bfloat16, "s", qwen))
+    cases.append(experts(8, 4, 4096, "Qwen3-30B-A3B expert", torch.float32, "s"))
+
+    cases += [case(32, 512, *LAYERS[llama], torch.bfloat16, "m", llama, **how) for how in kinds]
+    cases += [case(n, t, *LAYERS[llama], torch.bfloat16, "m", llama) for n, t in [(128, 128), (256, 64)]]
+    cases.append(case(32, 512, *LAYERS[llama], torch.float32, "m", llama))
+    cases.append(experts(128, 8, 32768, "Qwen3-30B-A3B expert", torch.bfloat16, "m"))
+    for layer in ("Llama-2-7B up", "Llama-3-8B up", "Llama-3-70B q", "Llama-3-70B down"):
+        cases.append(case(32, 512, *LAYERS[layer], torch.bfloat16, "l", layer))
+    return cases
 
 
 CASES: dict[str, list[Case]] = {
