@@ -2,15 +2,14 @@ import pytest
 import torch
 
 from curvkern import alignment_penalty, alignment_penalty_ref
-from curvkern.ops import delta, subspace
+from curvkern.ops import delta
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Row blocks of a few rows, so that small matrices have many."""
     plain = delta.row_slices
-    for module in (delta, subspace):
-        monkeypatch.setattr(module, "row_slices", lambda matrix, dtype, limit=0: plain(matrix, dtype, 2000))
+    monkeypatch.setattr(delta, "row_slices", lambda matrix, dtype, limit=0: plain(matrix, dtype, 2000))
 
 
 def weights(o, i, dtype=torch.float32, device="cpu", *, delta=0.1):
