@@ -78,6 +78,30 @@ def demo(
 
 
 @app.command()
+def bench(
+    ops: Annotated[list[str] | None, typer.Argument(help="Ops or functions: fisher, rollback_. All if none.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Only this one: fp32, fp16, bf16.")] = None,
+    size: Annotated[str | None, typer.Option(help="tiny, s, m or l; m on a GPU, s on a CPU.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; a GPU if there is one.")] = None,
+    backend: Annotated[str, typer.Option(help="Only this one beside the reference.")] = "auto",
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile of the reference too.")] = False,
+    seconds: Annotated[float, typer.Option(help="For each provider of each case.")] = 0.3,
+    pass_: Annotated[bool, typer.Option("--pass", help="The whole restoration pass instead of ops.")] = False,
+    compare: Annotated[Path | None, typer.Option(help="Earlier CSV; this machine's in benchmarks/results.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="File to replace, or directory for <machine>.csv.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
+) -> None:
+    """Measure the ops here against plain torch and other libraries; exit 1 if one is wrong or slower than before."""
+    from curvkern.bench.run import run
+
+    status = run(
+        ops or (), dtype=dtype, size=size, device=device, backend=backend, compiled=compile_, seconds=seconds,
+        passes=pass_, compare=compare, csv=csv, html=html,
+    )  # fmt: skip
+    raise typer.Exit(status)
+
+
+@app.command()
 def env(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Say what this machine has and which backend each op takes."""
     from curvkern.env import main as env_main

@@ -169,13 +169,21 @@ def _subspace() -> list[Case]:
             factors = random(o, r, device=device, seed=1), random(r, i, device=device, seed=4)
             return (*factors, *near((o, i), dtype, device, 2)), {}
 
+        def together(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            args, _ = image(device)
+            return tuple([tensor, *(tensor.clone() for _ in range(3))] for tensor in args), {}
+
         # V^T x must be complete before V multiplies it: both weights are read twice.
         cost = {"bytes": 4 * o * i * dtype.itemsize + 8 * o * r, "flops": 4 * o * i * r}
         label = f"{_text((o, i), layer)} r{r}"
-        return [
+        cases = [
             Case("subspace", "alignment_map", label, dtype, size, image, **cost),
             Case("subspace", "alignment_scores", label, dtype, size, scores, **cost),
         ]
+        if size in ("s", "m"):  # modules of one shape share their launches
+            cost = {name: 4 * amount for name, amount in cost.items()}
+            cases.append(Case("subspace", "alignment_map", f"4x {label}", dtype, size, together, **cost))
+        return cases
 
     def projection(
         o: int, c: int, k: int, dtype: torch.dtype, size: Size, complement: bool = True, layer: str = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
@@ -174,26 +175,38 @@ class Stages:
         cuda = torch.cuda.is_initialized()
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        _forget_peak()
+        forget_peak_memory()
         start = time.perf_counter()
         try:
             yield
         finally:
             seconds = time.perf_counter() - start
             gpu = torch.cuda.max_memory_allocated() if cuda else None
-            self.done.append(Stage(name, seconds, _peak_memory(), gpu))
+            self.done.append(Stage(name, seconds, peak_memory(), gpu))
 
 
-def _forget_peak() -> None:
-    """Let the kernel's record of the peak start again from what is resident now (Linux)."""
+def forget_peak_memory() -> None:
+    """Give freed memory back, and let the kernel's record of the peak start from what is resident now (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_memory() -> int | None:
+def peak_memory() -> int | None:
+    """Bytes that were resident at most since `forget_peak_memory`; None where it cannot be told."""
+    return _status("VmHWM:")
+
+
+def resident_memory() -> int | None:
+    """Bytes that are resident now; None where it cannot be told."""
+    return _status("VmRSS:")
+
+
+def _status(key: str) -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return None
     lines = (line.split() for line in status.splitlines())
-    return next((int(words[1]) * 1024 for words in lines if words[0] == "VmHWM:"), None)
+    return next((int(words[1]) * 1024 for words in lines if words[0] == key), None)
