@@ -5,8 +5,12 @@ Each module lists in ``AHEAD_OF_TIME`` what the tests compile without a GPU for 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+#: What is compiled ahead of time -> compute capability, the major number; 0 on AMD.
+GENERATIONS = {"sm_80": 8, "sm_90": 9, "sm_100": 10, "sm_120": 12, "gfx942": 0}
 
 
 @dataclass(frozen=True)
@@ -19,6 +23,7 @@ class Ahead:
         constants: the constexpr arguments, and pointers that are None.
         options: launch options (``num_warps``, ``num_stages``).
         matrix: the kernel must use matrix instructions.
+        elsewhere: target -> what runs there instead.
     """
 
     kernel: Any
@@ -26,3 +31,12 @@ class Ahead:
     constants: dict[str, Any]
     options: dict[str, Any] = field(default_factory=lambda: {"num_warps": 4})
     matrix: bool = False
+    elsewhere: dict[str, Ahead] = field(default_factory=dict)
+
+
+def on_each_target(specialise: Callable[[int], Ahead]) -> Ahead:
+    """One Ahead of a kernel whose launch depends on the GPU: ``specialise`` gives that of a generation."""
+    return replace(
+        specialise(GENERATIONS["sm_90"]),
+        elsewhere={target: specialise(generation) for target, generation in GENERATIONS.items()},
+    )
