@@ -1,5 +1,8 @@
-"""What data say of a model's weights: gradients of losses, gathered from the model in memory."""
+"""What data say of a model's weights: gradients and curvature of losses, gathered from the model in memory."""
 
+from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
+from curvkern.curvature.statistics import Choices, Counts, Statistics
+from curvkern.curvature.texts import Text, from_answer
 
-__all__ = ["CurvatureError", "HiddenEvidence"]
+__all__ = ["Choices", "Counts", "CurvatureError", "HiddenEvidence", "Statistics", "Text", "estimate", "from_answer"]

@@ -1,0 +1,185 @@
+"""Statistics of weights: raw sums and what they were summed over, in a file that others can read.
+
+A file is safetensors. Tensors are named ``<quantity>/<parameter>``; the metadata entry ``curvkern`` is JSON: the
+choices (`Choices`), the counts (`Counts`), the parameters that were not measured. Sums are float32 and not normalised, so that
+files of parts of the data add up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvkern.curvature.hidden import CurvatureError
+
+#: Quantities that grow with the number of samples, or of tokens; `Statistics.mean` divides by it.
+PER_SAMPLE = ("gradient", "fisher_diag", "fisher_blocks", "abs_gradient")
+PER_TOKEN = ("input_gram", "output_gram")
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was asked for; statistics that differ in any of these do not add up.
+
+    Attributes:
+        model: fingerprint of the model's parameters.
+        sample: ``"sequence"``, ``"token"`` or ``"batch"``.
+        fisher_type: ``"empirical"``, ``"mc"`` or ``"type-2"``.
+        loss: ``"response_mean"``, ``"token_sum"`` or the name of a callable.
+        block: sides of the tiles of ``fisher_blocks``.
+        mc_samples: label draws per sample, for ``"mc"``.
+        seed: of the draws.
+        dtype: of the model.
+    """
+
+    model: str
+    sample: str = "sequence"
+    fisher_type: str = "empirical"
+    loss: str = "response_mean"
+    block: tuple[int, int] = (128, 128)
+    mc_samples: int = 1
+    seed: int = 0
+    dtype: str = "float32"
+
+
+@dataclass
+class Counts:
+    """What was summed over.
+
+    Attributes:
+        samples: sequences, times the draws of their labels.
+        tokens: tokens that are no padding.
+        targets: tokens that carried loss.
+        data: fingerprints of the data, one for each part.
+    """
+
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    data: tuple[str, ...] = ()
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(
+            self.samples + other.samples,
+            self.tokens + other.tokens,
+            self.targets + other.targets,
+            self.data + other.data,
+        )
+
+
+@dataclass
+class Statistics:
+    """Sums by quantity and parameter.
+
+    Attributes:
+        sums: quantity -> parameter -> float32 tensor.
+        choices: see `Choices`.
+        counts: see `Counts`.
+        unmeasured: parameters of the model that no statistic covers.
+    """
+
+    choices: Choices
+    counts: Counts = field(default_factory=Counts)
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    unmeasured: tuple[str, ...] = ()
+
+    def __getitem__(self, quantity: str) -> dict[str, Tensor]:
+        """The raw sums of a quantity, by parameter."""
+        if quantity not in self.sums:
+            raise CurvatureError(f"statistics: there is no {quantity!r}; there is {', '.join(self.sums) or 'nothing'}")
+        return self.sums[quantity]
+
+    def mean(self, quantity: str) -> dict[str, Tensor]:
+        """The sums over the number of samples; of Gram matrices, over the number of tokens."""
+        count = self.counts.tokens if quantity in PER_TOKEN else self.counts.samples
+        return {name: tensor / count for name, tensor in self[quantity].items()}
+
+    def __add__(self, other: Statistics) -> Statistics:
+        """Statistics of the data of both.
+
+        Raises:
+            CurvatureError: they were made of different models, with different choices, or of the same data.
+        """
+        mine, theirs = asdict(self.choices), asdict(other.choices)
+        for name, value in mine.items():
+            if theirs[name] != value:
+                raise CurvatureError(f"statistics: {name} is {value!r} in one and {theirs[name]!r} in the other")
+        again = set(self.counts.data) & set(other.counts.data)
+        if again:
+            raise CurvatureError(f"statistics: both were made of the data {', '.join(sorted(again))}")
+        if self.choices.sample == "batch":
+            raise CurvatureError("statistics: squares of a whole batch's gradient do not add up (sample='batch')")
+        if {q: set(s) for q, s in self.sums.items()} != {q: set(s) for q, s in other.sums.items()}:
+            raise CurvatureError("statistics: they do not hold the same quantities of the same parameters")
+        sums = {q: {name: t + other.sums[q][name] for name, t in of.items()} for q, of in self.sums.items()}
+        return replace(self, counts=self.counts + other.counts, sums=sums)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; what was there is replaced when the new file is whole."""
+        from safetensors.torch import save_file
+
+        meta = {"choices": asdict(self.choices), "counts": asdict(self.counts), "unmeasured": self.unmeasured}
+        tensors = {f"{q}/{name}": t.contiguous().cpu() for q, of in self.sums.items() for name, t in of.items()}
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            save_file(tensors, part, metadata={"curvkern": json.dumps(meta)})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CurvatureError: the file is no such file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "pt") as file:
+                meta = json.loads((file.metadata() or {}).get("curvkern", "null"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CurvatureError(f"{path}: not a safetensors file ({error})") from None
+        if meta is None:
+            raise CurvatureError(f"{path}: holds no statistics of curvkern (no 'curvkern' in its metadata)")
+        return cls(_choices(meta["choices"]), _counts(meta["counts"]), _nested(tensors), tuple(meta["unmeasured"]))
+
+
+def _choices(found: Mapping[str, Any]) -> Choices:
+    values: dict[str, Any] = {**found, "block": tuple(found["block"])}
+    return Choices(**values)
+
+
+def _counts(found: Mapping[str, Any]) -> Counts:
+    values: dict[str, Any] = {**found, "data": tuple(found["data"])}
+    return Counts(**values)
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    sums: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        quantity, _, name = key.partition("/")
+        sums.setdefault(quantity, {})[name] = tensor
+    return sums
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """crc32 over names, shapes and a strided sample of each parameter's bytes: the same model, told in milliseconds."""
+    import zlib
+
+    crc = 0
+    for name, tensor in parameters:
+        crc = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // 4096)][:4097].contiguous().cpu()
+        crc = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), crc)
+    return f"{crc:08x}"
