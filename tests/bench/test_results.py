@@ -93,7 +93,28 @@ def test_what_is_missing_is_named(printed, monkeypatch):
     status, text = printed()
     assert status == 0
     assert "triton n/a: no driver" in text
-    assert "not installed or not asked for: opacus, torch.compile (--compile)" in text
+    assert "not installed, so not measured: opacus" in text
+    assert "not asked for: torch.compile (--compile)" in text
+
+
+def test_the_short_table_has_a_line_a_case_and_tells_who_is_ahead(printed, monkeypatch):
+    assert "The best of ours" not in printed()[1], "one case is short enough"
+    import curvkern
+
+    add(monkeypatch, Provider("theirs", curvkern.blend_))
+    status, text = printed("rollback", dtype=None)
+    short = text[text.index("The best of ours") :]
+    assert status == 0
+    lines = re.findall(r"^blend_ +\S+ +8x8 +(?:cpu|reference) +\S+ us +\d+ +(\S+) +(\S+)", short, re.MULTILINE)
+    assert len(lines) == 3
+    assert all(0.5 < float(ahead) < 2 for _, ahead in lines), "the same function, so as fast"
+
+
+def test_no_case_is_begun_after_the_limit(printed):
+    status, text = printed("rollback", dtype=None, limit=0)
+    assert status == 0
+    assert "out of time: 2 cases left out" in text
+    assert text.count("reference ") == 1
 
 
 @pytest.mark.parametrize(
@@ -218,9 +239,9 @@ def test_the_command_hands_everything_on(monkeypatch, tmp_path):
         return 1
 
     monkeypatch.setattr(bench, "run", fake)
-    words = f"bench fisher blend_ --dtype bf16 --size l --backend triton --compile --pass --seconds 2 --csv {tmp_path}"
-    assert CliRunner().invoke(app, words.split()).exit_code == 1
+    words = "bench fisher blend_ --limit 9 --dtype bf16 --size l --backend triton --compile --pass --seconds 2"
+    assert CliRunner().invoke(app, [*words.split(), "--csv", str(tmp_path)]).exit_code == 1
     assert taken == {
         "ops": ["fisher", "blend_"], "dtype": "bf16", "size": "l", "device": None, "backend": "triton",
-        "compiled": True, "seconds": 2.0, "passes": True, "compare": None, "csv": tmp_path, "html": None,
+        "compiled": True, "seconds": 2.0, "limit": 9.0, "passes": True, "compare": None, "csv": tmp_path, "html": None,
     }  # fmt: skip
