@@ -2,7 +2,7 @@
 #   PYTHON=python3.12   the interpreter the environment is made with
 #   CONSTRAINTS=        the newest versions instead of the tested ones
 #   SYSTEM=1            PYTHON as it is, with what it has installed; nothing is downloaded, linters are left out
-#   ARGS="-k rollback"  handed to pytest
+#   ARGS="-k rollback"  handed to pytest; by `make bench` to `curvkern bench`
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 VENV ?= .venv
@@ -33,17 +33,25 @@ test: $(if $(SYSTEM),,lint) build
 	$(PY) -m pytest $(JOBS) $(ARGS)
 
 bench: build
-	$(PY) -m pytest benchmarks $(ARGS)
+	$(PY) -m curvkern bench $(ARGS)
 
-# Builds for the GPU of this machine only; logs go to OUT, the table comes last.
+# Builds for the GPU of this machine only. Under nine minutes: every part has its share. Logs, CSV and page go to OUT, the
+# short table comes last.
 gpu-check: export CURVKERN_CUDA := 1
 gpu-check: export CURVKERN_ARCHS = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -u | paste -sd ';')
 gpu-check: has-gpu build
 	mkdir -p $(OUT)
 	$(PY) -m curvkern env | tee $(OUT)/env.txt
 	status=0
-	$(PY) -m pytest -m gpu -ra --continue-on-collection-errors --junitxml=$(OUT)/gpu.xml $(ARGS) 2>&1 | tee $(OUT)/gpu.log || status=$$?
-	$(PY) tests/summary.py $(OUT)/gpu.xml | tee $(OUT)/gpu.md
+	timeout 180 $(PY) -m pytest -m gpu -ra --continue-on-collection-errors --junitxml=$(OUT)/gpu.xml $(ARGS) 2>&1 | tee $(OUT)/gpu.log || status=$$?
+	sanitizer=$$(type -P compute-sanitizer /usr/local/cuda/bin/compute-sanitizer | head -n 1) || true
+	if [ -n "$$sanitizer" ]; then
+	    timeout 60 $$sanitizer --error-exitcode 9 $(PY) -m pytest tests/ops -x -k "every_case and cuda" 2>&1 | tee $(OUT)/sanitizer.log || status=$$(($$? == 124 ? status : $$?))
+	else
+	    echo "gpu-check: no compute-sanitizer here" | tee $(OUT)/sanitizer.log
+	fi
+	[ ! -f $(OUT)/gpu.xml ] || $(PY) tests/summary.py $(OUT)/gpu.xml | tee $(OUT)/gpu.md
+	timeout 170 $(PY) -m curvkern bench --seconds 0.1 --limit 120 --csv $(OUT) --html $(OUT)/bench.html 2>&1 | tee $(OUT)/bench.txt || status=$$?
 	exit $$status
 
 has-gpu:

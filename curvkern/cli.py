@@ -86,6 +86,7 @@ def bench(
     backend: Annotated[str, typer.Option(help="Only this one beside the reference.")] = "auto",
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile of the reference too.")] = False,
     seconds: Annotated[float, typer.Option(help="For each provider of each case.")] = 0.3,
+    limit: Annotated[float, typer.Option(help="Seconds after which no case is begun.")] = float("inf"),
     pass_: Annotated[bool, typer.Option("--pass", help="The whole restoration pass instead of ops.")] = False,
     compare: Annotated[Path | None, typer.Option(help="Earlier CSV; this machine's in benchmarks/results.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to replace, or directory for <machine>.csv.")] = None,
@@ -96,7 +97,7 @@ def bench(
 
     status = run(
         ops or (), dtype=dtype, size=size, device=device, backend=backend, compiled=compile_, seconds=seconds,
-        passes=pass_, compare=compare, csv=csv, html=html,
+        limit=limit, passes=pass_, compare=compare, csv=csv, html=html,
     )  # fmt: skip
     raise typer.Exit(status)
 

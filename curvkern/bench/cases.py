@@ -215,15 +215,15 @@ def _fisher() -> list[Case]:
         """``how``: options of the function; ``block`` makes it fisher_blocks_, ``weight_grad=True`` adds the tensor."""
         block = how.get("block")
         rows, cols = block or (1, 1)
+        sums = -(-o // rows), -(-i // cols)
 
         def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
             d = random(n, t, o, dtype=dtype, device=device, seed=1)
             x = random(n, t, i, dtype=dtype, device=device, seed=2)
             grad = {"weight_grad": torch.zeros(o, i, device=device)} if "weight_grad" in how else {}
-            return (torch.zeros(-(-o // rows), -(-i // cols), device=device), d, x), {**how, **grad}
+            return (torch.zeros(*sums, device=device), d, x), {**how, **grad}
 
-        sums = o * i * (1 + ("weight_grad" in how)) if block is None else 0
-        moved = n * t * (o + i) * dtype.itemsize + 8 * sums
+        moved = n * t * (o + i) * dtype.itemsize + 8 * (sums[0] * sums[1] + o * i * ("weight_grad" in how))
         function = "fisher_diag_" if block is None else "fisher_blocks_"
         words = [f"n{n} t{t}", _text((o, i), layer), *(f"{k}={v}" if isinstance(v, str) else k for k, v in how.items())]
         return Case("fisher", function, " ".join(words), dtype, size, make, bytes=moved, flops=2 * n * t * o * i)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -35,6 +36,7 @@ def run(
     backend: str = "auto",
     compiled: bool = False,
     seconds: float = 0.3,
+    limit: float = float("inf"),
     passes: bool = False,
     compare: Path | None = None,
     csv: Path | None = None,
@@ -51,9 +53,10 @@ def run(
         backend: the only backend to measure beside the reference.
         compiled: measure torch.compile of the reference too.
         seconds: for each provider of each case.
+        limit: begin no case after so many seconds.
         passes: measure the restoration pass instead of ops.
         compare: an earlier CSV; None: that of this machine in benchmarks/results, if there is one.
-        csv: file to replace, or a directory for ``<machine>.csv``.
+        csv: file to replace, or a directory for ``<machine>.csv`` (``<machine>-pass.csv``).
         html: page to write.
         console: where to print.
 
@@ -64,28 +67,33 @@ def run(
         ValueError: no such op, dtype or size, or no case of them.
         FileNotFoundError: no file at ``compare``.
     """
+    begin = time.perf_counter()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = size or ("m" if where.type == "cuda" else "s")
     chosen = [] if passes else choose(ops, dtype, size)
     before = read_csv(compare) if compare else []
     machine = examine(where)
-    kept = RESULTS / f"{machine.slug}.csv"
-    if compare is None and kept.is_file():
-        before = read_csv(kept)
+    file = f"{machine.slug}-pass.csv" if passes else f"{machine.slug}.csv"
+    if compare is None and (RESULTS / file).is_file():
+        before = read_csv(RESULTS / file)
 
     printer = Printer(console, machine)
-    found = (
-        measure_passes(machine, size, seconds) if passes else measure_all(chosen, machine, backend, compiled, seconds)
-    )
+    measured = measure_all(chosen, machine, backend, compiled, seconds)
     rows: list[Row] = []
-    for group in found:
+    done = 0
+    for group in measure_passes(machine, size, seconds) if passes else measured:
         printer.show(group, regressions(before, group))
         rows += group
-    absent = [] if passes else [*missing_peers(), *([] if compiled else ["torch.compile (--compile)"])]
+        done += 1
+        if time.perf_counter() - begin > limit:
+            break
+    notes = [] if passes else [f"not installed, so not measured: {name}" for name in missing_peers()]
+    notes += [] if passes or compiled else ["not asked for: torch.compile (--compile)"]
+    notes += [f"out of time: {len(chosen) - done} cases left out"] if done < len(chosen) else []
     slower = regressions(before, rows)
-    printer.close(rows, slower, absent, compared=bool(before))
+    printer.close(rows, slower if before else None, notes)
     if csv:
-        write_csv(csv / f"{machine.slug}.csv" if csv.is_dir() else csv, machine.header(), rows)
+        write_csv(csv / file if csv.is_dir() else csv, machine.header(), rows)
     if html:
         write_page(html, machine, rows)
     return int(bool(slower) or any(row.status == "wrong" and row.kind == "ours" for row in rows))

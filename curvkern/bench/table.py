@@ -55,19 +55,44 @@ class Printer:
                 text = f"  {row.provider} REGRESSION: {slower[row.key]:.2f} times as long as before"
                 self._console.print(text, highlight=False)
 
-    def close(
-        self, rows: Sequence[Row], slower: Mapping[tuple[str, ...], float], absent: Sequence[str], *, compared: bool
-    ) -> None:
-        """What to know after the last case."""
+    def close(self, rows: Sequence[Row], slower: Mapping[tuple[str, ...], float] | None, notes: Sequence[str]) -> None:
+        """The short table, a line a case, and what to know besides.
+
+        Args:
+            rows: all that was measured.
+            slower: regressions against an earlier run; None: there was none.
+            notes: further lines.
+        """
+        cases = list(dict.fromkeys(row.case for row in rows))
+        if len(cases) > 1:
+            self._console.print("\n[bold]The best of ours[/]")
+            self._console.print(_short([[row for row in rows if row.case == case] for case in cases]))
         wrong = [row for row in rows if row.status == "wrong"]
-        lines = [f"not measured, because not installed or not asked for: {', '.join(absent)}"] if absent else []
-        lines += [f"WRONG, so without figures: {row.provider} on {' '.join(row.case)}" for row in wrong]
-        if compared:
+        lines = [*notes, *(f"WRONG, so without figures: {row.provider} on {' '.join(row.case)}" for row in wrong)]
+        if slower is not None:
             lines.append(f"{len(slower)} regressions against the earlier run")
             lines += [f"  {times:.2f} times as long as before: {' '.join(key)}" for key, times in slower.items()]
         self._console.print()
         for line in lines:
             self._console.print(line, highlight=False, markup=False)
+
+
+def _short(cases: Sequence[Sequence[Row]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1))
+    for name in ("op", "dtype", "shape", "provider", "median", "% peak", "x eager", "x best other"):
+        left = name in ("op", "dtype", "shape", "provider")
+        table.add_column(name, justify="left" if left else "right", no_wrap=name != "shape")
+    for rows in cases:
+        ours = [row for row in rows if row.kind == "ours" and row.median]
+        best = min(ours, key=lambda row: row.median or 0.0, default=None)
+        if best is None or best.median is None:
+            table.add_row(*rows[0].case, "none", "", "", "", "")
+            continue
+        others = [row.median for row in rows if row.kind == "peer" and row.median]
+        ahead = min(others) / best.median if others else None
+        cells = (best.provider, micro(best.median), _percent(best), _text(best.x_eager, ".2f"), _text(ahead, ".2f"))
+        table.add_row(*best.case, *cells)
+    return table
 
 
 def work(row: Row) -> str:
@@ -85,7 +110,7 @@ def figures(row: Row) -> list[str]:
         micro(row.median),
         _span(row.p20, row.p80),
         row.rate,
-        _text(row.percent, ".0f") if row.floor else "",
+        _percent(row),
         _text(row.x_eager, ".2f"),
         _text(row.x_compile, ".2f"),
         _text(row.host, ".1f"),
@@ -105,6 +130,10 @@ def _span(low: float, high: float) -> str:
     """One unit for both."""
     size, unit = next((s, u) for s, u in ((1e6, "s"), (1e3, "ms"), (0.0, "us")) if high >= s)
     return f"{low / (size or 1):.3g}-{high / (size or 1):.3g} {unit}"
+
+
+def _percent(row: Row) -> str:
+    return _text(row.percent, ".0f") if row.floor else ""
 
 
 def _text(value: float | None, form: str) -> str:

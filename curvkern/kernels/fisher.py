@@ -19,7 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from curvkern.kernels import Ahead, on_each_target
 from curvkern.kernels.fisher_tiles import Tiling, describable, ragged_steps, tile_of, tiling
-from curvkern.kernels.packed import load_tokens, precision, product, rows_of
+from curvkern.kernels.packed import load_tokens, precision, precision_on, product, rows_of
 
 GROUP = 8  # rows of tiles that run together, for the second-level cache
 
@@ -299,7 +299,7 @@ def _ahead(
     absent = dict.fromkeys({*table, "weight_grad_ptr"} - signature.keys())
 
     def specialise(generation: int) -> Ahead:
-        exact = "ieee" if precision != "half" and generation == 0 else precision
+        exact = precision_on(generation, precision)
         plain = d == x and not (token or weight_grad)
         tile = tiling(side, side, 1, "fp32" in (d, x), plain, generation, 132)
         descriptors = not ragged and generation >= 9
@@ -311,7 +311,9 @@ def _ahead(
         constants = {"OUT": mode, "STATISTIC": "square", "TOKEN": token, "PRECISION": exact, "GROUP": GROUP}
         constants |= {"DESCRIPTORS": descriptors, "SUB_O": sub[0], "SUB_I": sub[1]}
         constants |= {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_K": tile.block_k}
-        return Ahead(fisher_kernel, signature | kinds, absent | constants, tile.options, matrix=exact != "ieee")
+        return Ahead(
+            fisher_kernel, signature | kinds, absent | constants, tile.options, matrix=exact not in ("ieee", "guarded")
+        )
 
     return on_each_target(specialise)
 

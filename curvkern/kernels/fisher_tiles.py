@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from curvkern.kernels.packed import generation
+
 
 class Tiling(NamedTuple):
     """Tile of the weight and tokens a step; what the compiler is told."""
@@ -33,13 +35,6 @@ def tiling(o: int, i: int, experts: int, wide: bool, plain: bool, generation: in
         block_o, block_i = (block_o // 2, block_i) if block_o >= block_i else (block_o, block_i // 2)
     warps = 8 if block_o * block_i >= 128 * 64 else 4
     return Tiling(block_o, block_i, 64 if roomy and not wide else 32, {"num_warps": warps, "num_stages": 3})
-
-
-def generation(device: torch.device) -> int:
-    """CUDA compute capability, the major number; 0 on AMD. The interpreter counts as 9, to run what Hopper runs."""
-    if device.type != "cuda":
-        return 9
-    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
 
 
 def tile_of(batch: Any, weight_grad: Tensor | None, token: bool) -> Tiling:

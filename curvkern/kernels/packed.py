@@ -29,8 +29,27 @@ def product(a, b, acc, PRECISION: tl.constexpr):
     """Add a b to acc. "half": both are of one half precision, whose products are exact in float32; else in float32."""
     if PRECISION == "half":
         return tl.dot(a, b, acc)
+    elif PRECISION == "guarded":
+        return tl.dot(opaque(a.to(tl.float32)), opaque(b.to(tl.float32)), acc, input_precision="ieee")
     else:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
+
+
+@triton.jit
+def opaque(x):
+    """``x``, as sums of one number each, which Triton does not look through.
+
+    For sm_100 it (3.7) goes back over casts and loads for the narrowest type, finds that of a half precision or of a
+    mask, and multiplies in TF32 although "ieee" was asked for.
+    """
+    return tl.sum(x[:, :, None], 2)
+
+
+def generation(device: torch.device) -> int:
+    """CUDA compute capability, the major number; 0 on AMD. The interpreter counts as 9, to run what Hopper runs."""
+    if device.type != "cuda":
+        return 9
+    return 0 if torch.version.hip is not None else torch.cuda.get_device_capability(device)[0]
 
 
 def precision(token: bool, allow_tf32: bool, *inputs: Tensor) -> str:
@@ -40,9 +59,16 @@ def precision(token: bool, allow_tf32: bool, *inputs: Tensor) -> str:
     split = not token or dtypes == {torch.bfloat16}
     if len(dtypes) == 1 and not wide and split and inputs[0].is_cuda:  # the interpreter cannot multiply bfloat16
         return "half"
-    if torch.version.hip is not None or (wide and not allow_tf32):
+    # The square of a float16 is the sum of two TF32 numbers.
+    wanted = "ieee" if wide and not allow_tf32 else "tf32x3" if token and not allow_tf32 else "tf32"
+    return precision_on(generation(inputs[0].device), wanted)
+
+
+def precision_on(generation: int, wanted: str) -> str:
+    """PRECISION that gives what is wanted: AMD has no TF32; for 10.x see `opaque`."""
+    if generation == 0 and wanted.startswith("tf32"):
         return "ieee"
-    return "tf32x3" if token and not allow_tf32 else "tf32"  # the square of a float16 is the sum of two TF32 numbers
+    return "guarded" if generation == 10 and wanted == "ieee" else wanted
 
 
 def rows_of(x: Tensor) -> Tensor:

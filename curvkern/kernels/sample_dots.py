@@ -15,8 +15,7 @@ from torch import Tensor
 
 from curvkern.kernels import Ahead, on_each_target
 from curvkern.kernels.fisher import tile_norms
-from curvkern.kernels.fisher_tiles import generation
-from curvkern.kernels.packed import kept_tokens, load_tokens, precision, product, rows_of
+from curvkern.kernels.packed import generation, kept_tokens, load_tokens, precision, precision_on, product, rows_of
 
 
 @triton.jit
@@ -152,10 +151,10 @@ def _ahead(norms: bool, dtype: str = "bf16", precision: str = "half", *, ragged:
     absent = {} if ragged else dict.fromkeys(tables)
 
     def specialise(generation: int) -> Ahead:
-        exact = "ieee" if precision != "half" and generation == 0 else precision
+        exact = precision_on(generation, precision)
         block_t, block_k, options = blocks(1024, precision == "half", generation)
         constants = {"NORMS": norms, "PRECISION": exact, "BLOCK_T": block_t, "BLOCK_K": block_k}
-        return Ahead(dots_kernel, signature, absent | constants, options, matrix=exact != "ieee")
+        return Ahead(dots_kernel, signature, absent | constants, options, matrix=exact not in ("ieee", "guarded"))
 
     return on_each_target(specialise)
 
