@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "ops": ({"backend", "kernels"}, {"torch"}),
     "checkpoint": (set(), {"torch", "safetensors", "huggingface_hub"}),
     "layerwise": ({"checkpoint"}, {"torch", "transformers"}),
-    "curvature": ({"ops", "layerwise"}, {"torch", "transformers"}),
+    "curvature": ({"backend", "ops", "layerwise"}, {"torch", "transformers", "safetensors"}),
     "methods": ({"ops", "curvature", "checkpoint"}, {"torch", "pydantic"}),
     "training": ({"ops"}, {"torch"}),
     "evaluate": (set(), {"torch", "transformers"}),

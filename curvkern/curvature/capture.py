@@ -8,7 +8,7 @@ never formed unless a statistic asks for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -66,12 +66,14 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, activation: Tensor, sink: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """``output``; ``sink`` gets (activation, gradient)."""
         ctx.save_for_backward(activation)
         ctx.sink = sink
         return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The gradient as it came."""
         ctx.sink(ctx.saved_tensors[0], grad)
         return grad, None, None
 
@@ -124,7 +126,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 
 @contextmanager
-def tapped(sites: Sequence[Site], uses: Mapping[str, int], sink: Sink, mask: Callable[[], Tensor]) -> Iterator[None]:
+def tapped(sites: Sequence[Site], uses: Mapping[str, int], sink: Sink, mask: Callable[[], Tensor]) -> Generator[None]:
     """Inside, every backward through the model hands each site's pair to ``sink``, once it is complete.
 
     Args:
@@ -176,13 +178,13 @@ def _by_sample(site: Site, x: Tensor, mask: Tensor) -> Tensor:
     if x.ndim == 2 and len(x) == mask.numel():
         return x.view(*mask.shape, -1)
     raise CurvatureError(
-        f"estimate: {site.name} was given {list(x.shape)} in a batch of {list(mask.shape)} tokens: which sample its rows "
-        "belong to cannot be told. Leave it out with exclude."
+        f"estimate: {site.name} was given {list(x.shape)} in a batch of {list(mask.shape)} tokens: which sample its "
+        "rows belong to cannot be told. Leave it out with exclude."
     )
 
 
 @contextmanager
-def _counting(sites: Sequence[Site], counts: dict[str, int]) -> Iterator[None]:
+def _counting(sites: Sequence[Site], counts: dict[str, int]) -> Generator[None]:
     def count(name: str) -> Callable[..., None]:
         def after(*_: Any) -> None:
             counts[name] += 1

@@ -49,10 +49,10 @@ def estimate(
     The loss of a sample is the cross-entropy of its labelled tokens, their mean (``"response_mean"``) or sum
     (``"token_sum"``); samples are summed. :math:`G_n` is the gradient of sample n's loss by a weight.
 
-    Quantities: ``gradient`` :math:`\sum_n G_n`; ``fisher_diag`` :math:`\sum_n G_n^2`; ``fisher_blocks``, the sums of that
-    over tiles; ``abs_gradient`` :math:`\sum_n |G_n|`; ``sample_norms`` :math:`\|G_n\|^2`, one a sample; ``kfac``: the Gram
-    matrices of inputs and output gradients, ``input_gram`` :math:`\sum_t x_t x_t^\top` and ``output_gram``. Nothing of
-    the shape [samples, out, in] exists.
+    Quantities: ``gradient`` :math:`\sum_n G_n`; ``fisher_diag`` :math:`\sum_n G_n^2`; ``fisher_blocks``, the sums of
+    that over tiles; ``abs_gradient`` :math:`\sum_n |G_n|`; ``sample_norms`` :math:`\|G_n\|^2`, one a sample; ``kfac``:
+    the Gram matrices of inputs and output gradients, ``input_gram`` :math:`\sum_t x_t x_t^\top` and ``output_gram``.
+    Nothing of the shape [samples, out, in] exists.
 
     Args:
         model: a causal language model of transformers, in memory; left as it was. PEFT models too: then the weights of
@@ -60,8 +60,8 @@ def estimate(
         data: mappings with ``input_ids`` and ``labels`` (-100: no loss), or `texts.Text`; padding does not change sums.
         quantity: one or several of the above.
         sample: what is squared: a sequence's gradient, a token's, or that of a batch of ``batch_tokens``.
-        fisher_type: labels from the data (``"empirical"``), drawn from the model (``"mc"``; the same for every batching)
-            or all of them in turn, weighted (``"type-2"``: exact, for small vocabularies: a backward per target and label).
+        fisher_type: labels from the data (``"empirical"``), drawn from the model (``"mc"``; the same for every
+            batching), or all in turn, weighted (``"type-2"``: exact; a backward for each target and label).
         loss: a name, or a callable of logits [n, t, vocabulary] and labels [n, t] that gives [n]; labels are -100 where
             no loss is, and logits at t predict labels at t + 1.
         include: patterns on parameter names; empty: linear and expert weights inside numbered layers.

@@ -6,7 +6,7 @@ experts module's forward; the one here sorts tokens by expert, so that what one 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def expert_sites(model: nn.Module) -> list[Site]:
 
 
 @contextmanager
-def experts_tapped(model: Any, sites: Sequence[Site], sink: Sink, mask: Callable[[], Tensor]) -> Iterator[None]:
+def experts_tapped(model: Any, sites: Sequence[Site], sink: Sink, mask: Callable[[], Tensor]) -> Generator[None]:
     """Inside, a backward hands ``sink`` the pairs of ``sites``; outside, the model is as it was."""
     if not sites:
         yield
@@ -54,7 +54,7 @@ def experts_tapped(model: Any, sites: Sequence[Site], sink: Sink, mask: Callable
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
-    configs = {id(module.config): module.config for site in sites for module in site.modules}
+    configs: dict[int, Any] = {id(module.config): module.config for site in sites for module in site.modules}
     before = {key: config._experts_implementation for key, config in configs.items()}
     by_parameter = {id(getattr(site.modules[0], site.name.rpartition(".")[2])): site for site in sites}
     token = _active.set(_Active(by_parameter, sink, mask))

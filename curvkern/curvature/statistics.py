@@ -1,7 +1,7 @@
 """Statistics of weights: raw sums and what they were summed over, in a file that others can read.
 
 A file is safetensors. Tensors are named ``<quantity>/<parameter>``; the metadata entry ``curvkern`` is JSON: the
-choices (`Choices`), the counts (`Counts`), the parameters that were not measured. Sums are float32 and not normalised, so that
+choices (`Choices`), the counts (`Counts`), the parameters that were not measured. Sums are float32 and not normalised:
 files of parts of the data add up.
 """
 

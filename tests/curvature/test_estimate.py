@@ -196,9 +196,7 @@ def test_data_without_loss_and_broken_rows_are_named():
     model = make("llama")
     with pytest.raises(CurvatureError, match="there are no data"):
         estimate(model, [])
-    with pytest.raises(
-        CurvatureError, match="1 of 2 rows have no response token to put a loss on, the first are rows 2"
-    ):
+    with pytest.raises(CurvatureError, match=r"1 of 2 rows have no response token .* the first are rows 2"):
         estimate(model, [texts()[0], Text((5, 6), (-100, -100))])
     with pytest.raises(CurvatureError, match="3 input_ids but 2 labels"):
         estimate(model, [{"input_ids": [1, 2, 3], "labels": [1, 2]}])
