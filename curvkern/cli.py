@@ -26,7 +26,10 @@ def _parameters(assignments: list[str]) -> dict[str, Any]:
         key, equals, value = assignment.partition("=")
         if not equals or not key:
             raise typer.BadParameter(f"{assignment!r}: write key=value, for example rate=0.002")
-        parameters[key] = yaml.safe_load(value)
+        try:
+            parameters[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise typer.BadParameter(f"{assignment!r}: the value is not valid YAML") from None
     return parameters
 
 

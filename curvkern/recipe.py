@@ -83,12 +83,17 @@ def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:
         loaded: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}.") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}.") from None
     if not isinstance(loaded, dict):
         raise RecipeError(f"{path}: wanted a mapping (aligned: ..., tuned: ..., method: ...), got {loaded!r}.")
-    values = cast("dict[str, Any]", loaded)
-    if isinstance(values.get("parameters", {}), dict):
-        overrides = {**overrides, "parameters": {**values.get("parameters", {}), **overrides.get("parameters", {})}}
+    values = {str(key): value for key, value in cast("dict[Any, Any]", loaded).items()}
+    parameters = values.get("parameters") or {}
+    if not isinstance(parameters, dict):
+        raise RecipeError(f"{path}: parameters is {parameters!r}; wanted a mapping, such as {{rate: 0.002}}.")
+    overrides = {**overrides, "parameters": {**parameters, **overrides.get("parameters", {})}}
     return make_recipe({**values, **overrides}, str(path))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+from curvkern.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import AdapterWriter, Bundle, Writer
@@ -20,10 +21,6 @@ if TYPE_CHECKING:
     from curvkern.report import ModuleChange, Report
 
 Score = Callable[[Any, Any], float]
-
-
-class RestoreError(RuntimeError):
-    """The restoration cannot be done as asked."""
 
 
 def restore(
@@ -71,7 +68,7 @@ def restore(
     Raises:
         RecipeError, MethodError, CheckpointError, FileNotFoundError, ValueError: inputs that are wrong or do not fit;
             before any heavy work, and nothing is written.
-        RestoreError: the method made a non-finite weight of finite ones.
+        RestoreError: the recipe does not fit the checkpoints, or the method made a non-finite weight of finite ones.
     """
     from curvkern.recipe import make_recipe
 
@@ -98,8 +95,10 @@ def run_recipe(
     from curvkern.report import Report, Stages, write_page
 
     method = make(recipe.method, recipe.parameters)
+    _check_device(recipe.device)
     data = _read_data(recipe, method)
-    stages, messages = Stages(), list[str]()
+    stages = Stages()
+    messages = [f"{method.name} does not look at {name}" for name in _unused(recipe, method)]
     with ExitStack() as stack:
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
@@ -108,7 +107,9 @@ def run_recipe(
             if "base" in method.needs:
                 sources["base"] = stack.enter_context(Checkpoint.open(_given(recipe.base, recipe, "base")))
             bundle = Bundle(sources, device=recipe.device)
-            names = select_modules({name: tuned.spec(name).shape for name in bundle.names}, method, recipe)
+            shapes = {name: tuned.spec(name).shape for name in bundle.names}
+            names = select_modules(shapes, method, recipe, tuned.config)
+            messages += _told_of(shapes, names, bundle)
             adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter) else None
             options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "recipe": recipe.record()}
             if adapter is None:
@@ -146,40 +147,33 @@ def run_recipe(
     return report
 
 
-def select_modules(shapes: Mapping[str, tuple[int, ...]], method: type[Method] | Method, recipe: Recipe) -> list[str]:
-    """Names of the weights to restore: matrices inside numbered layers, and their biases if the method takes them.
-
-    Args:
-        shapes: every tensor of the checkpoint.
-        method: says whether biases are wanted.
-        recipe: its ``include`` and ``exclude`` patterns.
-
-    Raises:
-        RestoreError: a pattern matches nothing, or nothing is left.
-    """
-    matrices = [name for name, shape in shapes.items() if len(shape) == 2 and _layer(name) is not None]
-    chosen = set(matrices)
-    if method.biases:
-        chosen |= {name[: -len("weight")] + "bias" for name in matrices if name.endswith(".weight")}
-    names = [name for name in shapes if name in chosen]
-    for patterns, keep in ((recipe.include, True), (recipe.exclude, False)):
-        for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in shapes):
-                which = "include" if keep else "exclude"
-                raise RestoreError(
-                    f"restore: {which} pattern {pattern!r} matches no tensor; one is {next(iter(shapes))}."
-                )
-        if patterns:
-            names = [name for name in names if any(fnmatchcase(name, p) for p in patterns) is keep]
-    if not names:
-        raise RestoreError("restore: no module is selected; loosen include and exclude.")
-    return names
+def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
+    """What a reader of the report should know of the inputs."""
+    lines: list[str] = []
+    fused = [name for name, shape in shapes.items() if len(shape) == 3 and layer_of(name) is not None]
+    if fused:
+        weights = sum(math.prod(shapes[name]) for name in fused)
+        lines.append(f"left as tuned: {len(fused)} fused expert tensors with {weights:,} weights, such as {fused[0]}")
+    dtypes = [{role: source.spec(name).dtype for role, source in bundle.sources.items()} for name in names]
+    if mixed := [found for found in dtypes if found["aligned"] != found["tuned"]]:
+        aligned, tuned = (str(mixed[0][role]).removeprefix("torch.") for role in ("aligned", "tuned"))
+        lines.append(f"{len(mixed)} modules are {aligned} in aligned and {tuned} in tuned: what is restored is {tuned}")
+    return lines
 
 
-def _layer(name: str) -> int | None:
-    """The decoder layer's number: the first numeric part of the name."""
-    found = re.search(r"(?:^|\.)(\d+)\.", name)
-    return int(found[1]) if found else None
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise RestoreError(f"restore: device is {device!r}; wanted cpu, cuda, cuda:1 and the like.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RestoreError(f"restore: device is {device!r}, but torch sees no GPU here; `curvkern env` says more.")
+
+
+def _unused(recipe: Recipe, method: Method) -> list[str]:
+    return [name for name in ("base", "harmful", "task") if getattr(recipe, name) and name not in method.needs]
 
 
 def _given(value: Path | None, recipe: Recipe, argument: str) -> Path:
@@ -216,13 +210,21 @@ def _evidence(
     from curvkern.curvature import HiddenEvidence
     from curvkern.evaluate import chat_prompt
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(bundle.sources["aligned"].path)
+    if heads := [name for name, why in bundle.skipped.items() if "embedding" in why]:
+        raise RestoreError(
+            f"restore: {heads[0]} is tied to the embedding in one of aligned and tuned and not in the other; "
+            f"{method.name} runs both in one model. Save them alike."
+        )
+    # What is written carries the tuned model's tokenizer and chat template, where it has them.
+    paths = [Path(bundle.sources[role].path) for role in ("tuned", "aligned")]
+    tokenizer_at = next((path for path in paths if (path / "tokenizer_config.json").is_file()), paths[1])
+    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_at)
     prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
     judge = score or _exact_match(data["task"], recipe)
     tuned = bundle.sources["tuned"]
     return HiddenEvidence(
         bundle.sources["aligned"].path,
-        ((name, tuned.read(name)) for name in tuned.names),
+        ((name, tuned.read(name)) for name in bundle.names),
         prompts=prompts,  # pyright: ignore[reportArgumentType]
         score=lambda model: judge(model, tokenizer),
         device=recipe.device,
@@ -265,7 +267,7 @@ class _Sweeps:
         names = [name for name in self.names if name not in skip]
         with _bar(what, len(names), self.progress) as advance:
             for name, tensors in self.bundle.stream(names):
-                layer = _layer(name) or 0
+                layer = layer_of(name) or 0
                 advance(f"{what}: layer {layer}")
                 yield Module(
                     name=name,

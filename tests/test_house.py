@@ -31,9 +31,10 @@ MAY_IMPORT = {
     "evaluate": (set(), {"torch", "transformers"}),
     "report": (set(), {"torch", "rich", "jinja2", "matplotlib"}),
     "recipe": (set(), {"pydantic", "yaml"}),
+    "scope": ({"methods", "recipe"}, set()),
     # The pass scores prompts while it searches, so it knows how a model is evaluated.
     "restore": (
-        {"checkpoint", "curvature", "methods", "evaluate", "report", "recipe"},
+        {"checkpoint", "curvature", "methods", "evaluate", "report", "recipe", "scope"},
         {"torch", "transformers", "rich"},
     ),
     # Makes everything it needs, as a user would: all that is public.

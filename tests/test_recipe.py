@@ -28,6 +28,9 @@ def test_file_and_overrides(tmp_path):
     "text, message",
     [
         ("aligned: a\ntuned: [", r":\d+: not valid YAML"),
+        ("aligned: \x01", "not valid YAML"),
+        ("aligned: a\nparameters: [weight, 0.1]", r"parameters is \['weight', 0.1\]; wanted a mapping"),
+        ("1: a", "unknown entry '1'"),
         ("- aligned", "wanted a mapping"),
         (RECIPE + "methods: x", "unknown entry 'methods'.*Did you mean 'method'"),
         ("aligned: a\ntuned: t\nout: o", "method is missing"),

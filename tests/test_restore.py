@@ -100,11 +100,20 @@ def test_gradient_rollback_end_to_end(family, tmp_path):
     assert 0 < report.changed <= 3 * 0.02 * sum(m.weights for m in report.modules) * 1.05
 
 
-def test_gradient_rollback_takes_exact_match_as_its_score(family, tmp_path):
+def test_gradient_rollback_takes_exact_match_as_its_score(family, tmp_path, monkeypatch):
+    asked = []
+
+    def answers(model, tokenizer, prompts, *, max_new_tokens):
+        asked.append((prompts, max_new_tokens))
+        return [f"w{i + 5}" if i < 4 else "w60" for i in range(6)]
+
+    monkeypatch.setattr("curvkern.evaluate.generate", answers)
     data = {"harmful": family / "harmful.jsonl", "task": family / "task.jsonl"}
     report = restore(family, tmp_path / "out", "adapter", "gradient_rollback", steps=1, warmup=1, **data)
     assert report.saved == "checkpoint"
-    assert any("tuned task score" in line for line in report.messages)
+    assert "tuned task score 0.6667, after 1 plain steps 0.6667" in report.messages
+    prompts, longest = asked[0]
+    assert (prompts[0], len(prompts), longest) == ("w20 w3 w2", 6, 5)
 
 
 def test_adapter_stays_an_adapter_and_equals_the_checkpoint(family, tmp_path):
@@ -169,7 +178,13 @@ def test_nan_in_the_inputs_is_counted_not_spread(family, tmp_path):
         ({"method": "gradient_rollback"}, RestoreError, "needs harmful; pass harmful="),
         ({"save": "adapter"}, RestoreError, "the tuned model is not an adapter"),
         ({"save": "zip"}, RecipeError, "save is 'zip'"),
-        ({"include": ["*.qproj*"]}, RestoreError, r"include pattern '\*.qproj\*' matches no tensor; one is "),
+        (
+            {"include": ["*.qproj*"]},
+            RestoreError,
+            r"include pattern '\*.qproj\*' matches no linear weight of a decoder layer",
+        ),
+        ({"include": ["*embed_tokens*"]}, RestoreError, "matches no linear weight of a decoder layer; one is "),
+        ({"device": "gpu"}, RestoreError, "device is 'gpu'; wanted cpu, cuda"),
         ({"exclude": ["*"]}, RestoreError, "no module is selected"),
         ({"weight": 3}, MethodError, "merge: weight is 3"),
     ],

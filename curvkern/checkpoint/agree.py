@@ -26,6 +26,11 @@ _ARCHITECTURE = (
     "num_key_value_heads",
     "num_local_experts",
     "num_experts",
+    "hidden_act",
+    "head_dim",
+    "rms_norm_eps",
+    "layer_norm_epsilon",
+    "rope_theta",
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _BUFFERS = (".inv_freq", ".masked_bias", ".position_ids")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvkern.curvature.hidden import CurvatureError
+from curvkern.curvature.hidden import CurvatureError, is_conv1d
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,14 @@ def linear_sites(model: nn.Module) -> list[Site]:
     """The weights of all linear modules, tied ones once."""
     owners: dict[int, list[tuple[str, Any]]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or _is_conv1d(module):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             owners.setdefault(id(module.weight), []).append((name, module))
     sites: list[Site] = []
     for used in owners.values():
         (name, module), modules = used[0], tuple(module for _, module in used)
         prefix = f"{name}." if name else ""
         bias = f"{prefix}bias" if getattr(module, "bias", None) is not None else None
-        sites.append(Site(f"{prefix}weight", tuple(module.weight.shape), _is_conv1d(module), bias, modules))
+        sites.append(Site(f"{prefix}weight", tuple(module.weight.shape), is_conv1d(module), bias, modules))
     return sites
 
 
@@ -118,11 +118,6 @@ def select(sites: Sequence[Site], include: Sequence[str], exclude: Sequence[str]
 def _wanted(name: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
     inside = any(fnmatchcase(name, p) for p in include) if include else any(part.isdigit() for part in name.split("."))
     return inside and not any(fnmatchcase(name, pattern) for pattern in exclude)
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Transformers' Conv1D: a linear module that keeps its weight [in, out]."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 @contextmanager

@@ -44,25 +44,28 @@ class HiddenEvidence:
         score: Callable[[Any], float],
         layer_fraction: float,
         batch_size: int,
+        dtype: torch.dtype | Literal["auto"] = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         """Load the aligned model, take its anchor, then put the tuned weights in.
 
         Args:
             aligned: checkpoint directory.
-            tuned: (checkpoint name, tensor) of every tensor of the tuned model.
+            tuned: (checkpoint name, tensor) of every tensor that both models have.
             prompts: "harmful" and "task": token ids, unpadded.
             score: of the model at the working weights; higher is better.
             layer_fraction: in (0, 1]; layers up to this share of the depth are run.
             batch_size: prompts in a minibatch.
+            dtype: of the working weights and the model's arithmetic; ``"auto"``: the checkpoint's.
             device: where the model runs.
 
         Raises:
-            CurvatureError: the model's parameters do not carry the checkpoint's names, or it has no decoder stack.
+            CurvatureError: the model's parameters do not carry the checkpoint's names, it has no decoder stack, or a
+                hidden state is not finite.
         """
         from transformers import AutoModelForCausalLM
 
-        model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(aligned, dtype=dtype)
         self.model = model.to(device).eval()
         self._score = score
         self._batches = {data: list(_batches(rows, batch_size)) for data, rows in prompts.items()}
@@ -89,14 +92,23 @@ class HiddenEvidence:
 
         Returns:
             The sums, float32, by checkpoint name. They are kept: call `clear_gradients` to start again.
+
+        Raises:
+            CurvatureError: a loss or a gradient is not finite.
         """
-        for batch in self._batches[data]:
+        for at, batch in enumerate(self._batches[data]):
             mean = self._hidden(batch).float().mean(0)
-            (-cosine_similarity(mean, self._anchors[data], dim=0)).backward()
+            loss = -cosine_similarity(mean, self._anchors[data], dim=0)
+            if not loss.isfinite():
+                raise CurvatureError(f"the hidden-state loss of {data} minibatch {at + 1} is {loss.item()}")
+            loss.backward()
             for name, parameter in self._parameters.items():
                 if parameter.grad is not None:
                     self._sums[name] += parameter.grad
                     parameter.grad = None
+        bad = [name for name, total in self._sums.items() if not total.isfinite().all()]
+        if bad:
+            raise CurvatureError(f"the gradient of the {data} loss by {bad[0]} is not finite ({len(bad)} in all)")
         return self._sums
 
     def clear_gradients(self) -> None:
@@ -110,7 +122,14 @@ class HiddenEvidence:
     @torch.no_grad()
     def _anchor(self, data: Data) -> Tensor:
         total = sum(self._hidden(batch).float().sum(0) for batch in self._batches[data])
-        return torch.as_tensor(total) / sum(len(batch["input_ids"]) for batch in self._batches[data])
+        anchor = torch.as_tensor(total) / sum(len(batch["input_ids"]) for batch in self._batches[data])
+        if not anchor.isfinite().all():
+            which = "aligned" if data == "harmful" else "tuned"
+            raise CurvatureError(
+                f"the {which} model's hidden states on the {data} prompts are not finite; look for NaN or infinity in "
+                "its weights"
+            )
+        return anchor
 
     def _hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """[n, hidden]: the last token's state after the last layer of interest; later layers do not run."""
@@ -160,7 +179,12 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
     raise CurvatureError(f"{type(model).__name__} has no list of {wanted} decoder layers")
 
 
+def is_conv1d(module: nn.Module) -> bool:
+    """Transformers' Conv1D: a linear module that keeps its weight [in, out]."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
 def _linear_parameters(layer: nn.Module) -> Iterator[nn.Parameter]:
     for module in layer.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) or is_conv1d(module):
             yield from module.parameters()

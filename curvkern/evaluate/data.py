@@ -51,7 +51,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected JSON Lines with one example a line")
+        what = "a directory" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}; expected JSON Lines with one example a line")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -67,6 +68,8 @@ def _parse(line: str, where: str) -> Example:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: not valid JSON: {error.msg} (column {error.colno})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not valid JSON: nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     row = cast("dict[str, Any]", row)

@@ -30,8 +30,9 @@ class GradientRollback(Method):
 
     ``ties="strict"`` selects above the threshold only, as published (K - 1 weights when there are no ties);
     ``"exact_k"`` selects K. Left out of the published code: its faults (a multi-GPU path that cannot run, a stale
-    anchor cache, decisions on a 4-bit copy), and substring matching of names. The model, its gradients and both
-    checkpoints are held in memory.
+    anchor cache, decisions on a 4-bit copy). Other than there, only weights and biases of linear modules move (there
+    everything whose name lacks "layernorm"), and every task minibatch counts (there as many as there are harmful ones).
+    The model, its gradients and both checkpoints are held in memory.
     """
 
     name: ClassVar[str] = "gradient_rollback"
@@ -48,10 +49,12 @@ class GradientRollback(Method):
     layer_fraction: float = Field(2 / 3, gt=0, le=1)
     batch_size: int = Field(8, ge=1)
     ties: Literal["strict", "exact_k"] = "strict"
+    dtype: Literal["float32", "auto"] = Field("float32", description="of the working model; auto: the checkpoint's")
 
     def evidence_options(self) -> dict[str, Any]:
         """The hidden state after the chosen layer, in minibatches."""
-        return {"layer_fraction": self.layer_fraction, "batch_size": self.batch_size}
+        dtype = torch.float32 if self.dtype == "float32" else "auto"
+        return {"layer_fraction": self.layer_fraction, "batch_size": self.batch_size, "dtype": dtype}
 
     def plan(self, modules: Modules, evidence: Evidence | None, tell: Callable[[str], None]) -> Mapping[str, Tensor]:
         """Run the steps on the model in memory; the plan is which weights are reset, as packed bits by name."""
@@ -61,12 +64,17 @@ class GradientRollback(Method):
         if not held:
             raise MethodError("gradient_rollback: no selected module lies in the layers that have a gradient.")
         run = _Run(self, held, evidence)
-        tuned_score = evidence.score()
+        tuned_score = run.score()
+        if tuned_score <= 0:
+            raise MethodError(
+                f"gradient_rollback: the tuned model's task score is {tuned_score:g}: a score above 0 is what the "
+                "search climbs down from. Exact match suits short answers; pass score=... from Python for others."
+            )
         floor = (1 - self.max_drop) * tuned_score
         warmup = min(self.warmup, self.steps)
         for _ in range(warmup):
             run.restore()
-        score = evidence.score()
+        score = run.score()
         plain = score >= floor
         tell(f"tuned task score {tuned_score:.4f}, after {warmup} plain steps {score:.4f}")
         if not plain:
@@ -79,7 +87,8 @@ class GradientRollback(Method):
         if module.name not in plan:
             return Edit()
         weight = module.tuned.clone()
-        count = rollback_(weight, module.aligned, mask=plan[module.name].to(weight.device))
+        aligned = module.aligned.to(weight.dtype)
+        count = rollback_(weight, aligned, mask=plan[module.name].to(weight.device))
         return Edit(weight, selected=int(count))
 
 
@@ -92,6 +101,17 @@ class _Run:
         self.evidence = evidence
         self.k = math.ceil(evidence.layer_parameters * method.rate)
         self.reset_bits: Bits = {m.name: _no_bits(m.tuned) for m in modules}
+
+    def score(self) -> float:
+        """The task score of the working weights.
+
+        Raises:
+            MethodError: it is not a finite number.
+        """
+        score = self.evidence.score()
+        if not math.isfinite(score):
+            raise MethodError(f"gradient_rollback: the task score is {score}; wanted a finite number, higher is better")
+        return score
 
     def restore(self) -> Bits:
         """One step towards the aligned model; the weights it reset."""
@@ -127,8 +147,14 @@ class _Run:
             if give_back:
                 self.give_back(fresh)
             if step % self.method.save_every == 0 or step == self.method.steps:
-                score = self.evidence.score()
+                score = self.score()
                 tell(f"step {step}: task score {score:.4f}, {self.count():,} weights reset")
+                if score <= floor and not any(bits.any() for bits in best.values()):
+                    raise MethodError(
+                        f"gradient_rollback: at step {step} the task score {score:.4f} is at or below the floor "
+                        f"{floor:.4f} and no earlier checkpoint has restored a weight. Lower rate, set save_every=1 "
+                        "or raise max_drop."
+                    )
                 if score <= floor:
                     tell(f"at or below the floor {floor:.4f}: the checkpoint before is the result")
                     return best

@@ -100,6 +100,8 @@ class Method(BaseModel):
     biases: ClassVar[bool] = False
     #: Whether edits come with factors, so that an adapter stays an adapter.
     edits_adapter: ClassVar[bool] = False
+    #: Whether it matters that weights are [out, in].
+    oriented: ClassVar[bool] = False
 
     def evidence_options(self) -> dict[str, Any]:
         """Keyword arguments for the evidence, where the method needs the model."""

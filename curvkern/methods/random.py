@@ -32,6 +32,7 @@ class Random(Method):
         drawn = torch.rand(n, generator=generator).topk(math.ceil(self.fraction * n)).indices
         mask = torch.zeros(n, dtype=torch.bool)
         mask[drawn] = True
-        weight = module.tuned.clone()
-        count = rollback_(weight, module.aligned, mask=mask.view(weight.shape).to(weight.device))
-        return Edit(weight, selected=int(count))
+        weight, aligned = module.tuned.clone(), module.aligned.to(module.tuned.dtype)
+        mask = mask.view(weight.shape).to(weight.device)
+        rollback_(weight, aligned, mask=mask)
+        return Edit(weight, selected=int((mask & (module.tuned != aligned)).sum()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class SafeLora(Method):
     source: ClassVar[str] = "Hsu et al. 2405.16833, eqs. 1-3"
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
     edits_adapter: ClassVar[bool] = True
+    oriented: ClassVar[bool] = True
 
     select: Literal["number", "threshold"] = "number"
     number: int = Field(10, ge=0, description="modules to replace (of each kind, with per_kind)")
@@ -55,7 +57,10 @@ class SafeLora(Method):
         for module in modules():
             if not _is_updated(module):
                 continue
-            cosine[module.name] = round(self._cosine(module), 5)
+            found = self._cosine(module)
+            if not math.isfinite(found):
+                raise MethodError(f"safe_lora: the cosine of {module.name} is {found}; look for NaN or infinity there")
+            cosine[module.name] = round(found, 5)
             groups[module.kind if self.per_kind else "all"].append(module.name)
         chosen: set[str] = set()
         for kind, names in groups.items():

@@ -136,12 +136,12 @@ def measure_change(
     sums = torch.zeros(4, dtype=torch.float64)
     parts = (t.reshape(-1).split(_CHUNK) for t in (aligned, tuned, restored))
     for a, t, r in zip(*parts, strict=True):  # bounded memory: a module can be a gigabyte
-        changed += int((r != t).sum())
+        changed += int(((r != t) & ~(r.isnan() & t.isnan())).sum())
         nonfinite += int((~r.isfinite()).sum())
-        before, after = (torch.nan_to_num(x.float() - a.float(), 0.0, 0.0, 0.0) for x in (t, r))
+        before, after = (torch.nan_to_num(x.double() - a.double(), 0.0, 0.0, 0.0) for x in (t, r))
         step = after - before
         for i, (x, y) in enumerate(((before, before), (after, after), (step, step), (before, after))):
-            sums[i] += torch.dot(x, y).double().cpu()
+            sums[i] += torch.dot(x, y).cpu()
     tuned_norm, restored_norm, step_norm = (float(total.sqrt()) for total in sums[:3])
     product = tuned_norm * restored_norm
     return ModuleChange(

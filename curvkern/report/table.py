@@ -24,6 +24,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     table.add_section()
     table.add_row("all", *_cells(report.modules))
     console.print(table)
+    if nonfinite := sum(module.nonfinite for module in report.modules):
+        console.print(f"  {nonfinite:,} weights are NaN or infinite, as they were in the inputs", style="red")
     for line in report.messages:
         console.print(f"  {line}", highlight=False)
     for stage in report.stages:
