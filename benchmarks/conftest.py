@@ -10,14 +10,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 def device_clock():
     """A timer: seconds by the GPU's own clock. Each reading waits for what was launched before it."""
-    start = torch.cuda.Event(enable_timing=True)
-    start.record()
+    total = 0.0
+    last = torch.cuda.Event(enable_timing=True)
+    last.record()
 
     def device_seconds():
+        nonlocal total, last
         now = torch.cuda.Event(enable_timing=True)
         now.record()
         now.synchronize()
-        return start.elapsed_time(now) / 1e3
+        total += last.elapsed_time(now) / 1e3  # from event to event: one from the start would be a float32 of minutes
+        last = now
+        return total
 
     return device_seconds
 

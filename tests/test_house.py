@@ -66,11 +66,11 @@ NO_OPS = {
     "curvkern/ops/alignment_scores.py": "scores from small Grams, over subspace's map",
     "curvkern/ops/delta.py": "the alignment delta, on which subspace's ops work",
     "curvkern/ops/samples.py": "packed samples, on which fisher's ops work",
-    "curvkern/ops/sample_dots.py": "fisher's norms and dots of samples",
+    "curvkern/ops/sample_products.py": "fisher's norms and dots of samples",
     "curvkern/ops/fisher_cpu.py": "fisher on the CPU",
-    "curvkern/kernels/packed.py": "loads and products of packed tokens, for fisher and sample_dots",
+    "curvkern/kernels/packed.py": "loads and products of packed tokens, for fisher and sample_products",
     "curvkern/kernels/fisher_tiles.py": "fisher's tiles for each GPU",
-    "curvkern/kernels/sample_dots.py": "fisher's norms and dots of samples",
+    "curvkern/kernels/sample_products.py": "fisher's norms and dots of samples",
 }
 
 

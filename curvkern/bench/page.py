@@ -49,8 +49,9 @@ def _roofline(axes: Axes, machine: Machine, rows: Sequence[Row]) -> None:
 
 
 def _roof(axes: Axes, machine: Machine, left: float, right: float) -> None:
-    for rate, name, style in ((machine.single, "fp32", "-"), (machine.half, "bf16", "--")):
-        ridge = rate / machine.copy
-        points = sorted({min(left, ridge), ridge, max(right, ridge)})
-        roof = [min(rate, intensity * machine.copy) for intensity in points]
-        axes.plot(points, roof, style, color="black", linewidth=1, label=f"copy and {name} matmul")
+    """Both roofs with their slopes: what copying allows below the ridge, what multiplying allows above."""
+    ridges = [rate / machine.copy for rate in (machine.single, machine.half)]
+    left, right = min(left, *ridges) / 2, max(right, *ridges)
+    for ridge, name, style in zip(ridges, ("fp32", "bf16"), ("-", "--"), strict=True):
+        heights = [machine.copy * min(intensity, ridge) for intensity in (left, ridge, right)]
+        axes.plot((left, ridge, right), heights, style, color="black", linewidth=1, label=f"copy and {name} matmul")

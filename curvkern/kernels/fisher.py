@@ -19,39 +19,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from curvkern.kernels import Ahead, on_each_target
 from curvkern.kernels.fisher_tiles import Tiling, describable, ragged_steps, tile_of, tiling
-from curvkern.kernels.packed import load_tokens, precision, precision_on, product, rows_of
+from curvkern.kernels.packed import load_tokens, precision, precision_on, product, rows_of, statistic_of, token_product
 
 GROUP = 8  # rows of tiles that run together, for the second-level cache
-
-
-@triton.jit
-def statistic_of(x, STATISTIC: tl.constexpr):
-    if STATISTIC == "square":
-        return x * x
-    elif STATISTIC == "abs":
-        return tl.abs(x)
-    else:  # "sum"
-        return x
-
-
-@triton.jit
-def token_product(d, x, acc, STATISTIC: tl.constexpr, PRECISION: tl.constexpr):
-    """Add f(d)^T f(x) to acc. The square of a bfloat16 is the exact sum of two, so four products lose nothing."""
-    fd = statistic_of(d.to(tl.float32), STATISTIC)
-    fx = statistic_of(x.to(tl.float32), STATISTIC)
-    if d.dtype == tl.bfloat16 and x.dtype == tl.bfloat16:
-        d_high = fd.to(tl.bfloat16)
-        x_high = fx.to(tl.bfloat16)
-        acc = product(tl.trans(d_high), x_high, acc, PRECISION)
-        if STATISTIC == "square":
-            d_low = (fd - d_high.to(tl.float32)).to(tl.bfloat16)
-            x_low = (fx - x_high.to(tl.float32)).to(tl.bfloat16)
-            acc = product(tl.trans(d_low), x_high, acc, PRECISION)
-            acc = product(tl.trans(d_high), x_low, acc, PRECISION)
-            acc = product(tl.trans(d_low), x_low, acc, PRECISION)
-        return acc
-    else:
-        return product(tl.trans(fd), fx, acc, PRECISION)
 
 
 @triton.jit

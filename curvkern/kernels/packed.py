@@ -1,4 +1,4 @@
-"""Packed tokens in Triton: loading and multiplying them, which fisher and sample_dots share."""
+"""Packed tokens in Triton: loading and multiplying them, which fisher and sample_products share."""
 
 # pyright: basic, reportCallIssue=false
 from __future__ import annotations
@@ -43,6 +43,36 @@ def opaque(x):
     mask, and multiplies in TF32 although "ieee" was asked for.
     """
     return tl.sum(x[:, :, None], 2)
+
+
+@triton.jit
+def statistic_of(x, STATISTIC: tl.constexpr):
+    if STATISTIC == "square":
+        return x * x
+    elif STATISTIC == "abs":
+        return tl.abs(x)
+    else:  # "sum"
+        return x
+
+
+@triton.jit
+def token_product(d, x, acc, STATISTIC: tl.constexpr, PRECISION: tl.constexpr):
+    """Add f(d)^T f(x) to acc. The square of a bfloat16 is the exact sum of two, so four products lose nothing."""
+    fd = statistic_of(d.to(tl.float32), STATISTIC)
+    fx = statistic_of(x.to(tl.float32), STATISTIC)
+    if d.dtype == tl.bfloat16 and x.dtype == tl.bfloat16:
+        d_high = fd.to(tl.bfloat16)
+        x_high = fx.to(tl.bfloat16)
+        acc = product(tl.trans(d_high), x_high, acc, PRECISION)
+        if STATISTIC == "square":
+            d_low = (fd - d_high.to(tl.float32)).to(tl.bfloat16)
+            x_low = (fx - x_high.to(tl.float32)).to(tl.bfloat16)
+            acc = product(tl.trans(d_low), x_high, acc, PRECISION)
+            acc = product(tl.trans(d_high), x_low, acc, PRECISION)
+            acc = product(tl.trans(d_low), x_low, acc, PRECISION)
+        return acc
+    else:
+        return product(tl.trans(fd), fx, acc, PRECISION)
 
 
 def generation(device: torch.device) -> int:

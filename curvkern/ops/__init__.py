@@ -9,7 +9,7 @@ from curvkern.ops.fisher import (
     fisher_diag_ref,
 )
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
-from curvkern.ops.sample_dots import sample_dots, sample_dots_ref, sample_norms, sample_norms_ref
+from curvkern.ops.sample_products import sample_dots, sample_dots_ref, sample_norms, sample_norms_ref
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
 from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
 from curvkern.ops.selector import Selector, Threshold

@@ -73,34 +73,36 @@ def pack(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     segments: Tensor | None,
+    number: str = "",
 ) -> Batch:
-    """The packed input, after the checks that do not concern one op."""
+    """The packed input, after the checks that do not concern one op. ``number``: what arguments' names end with."""
+    d_name, x_name, mask_name = f"grad_output{number}", f"activation{number}", f"mask{number}"
     check.one_of(op, "sample", sample, SAMPLES)
-    check.dtype(op, "grad_output", grad_output, INPUTS)
-    check.dtype(op, "activation", activation, INPUTS)
-    ragged = {"cu_seqlens": cu_seqlens, "segments": segments}
+    check.dtype(op, d_name, grad_output, INPUTS)
+    check.dtype(op, x_name, activation, INPUTS)
+    ragged = {f"cu_seqlens{number}": cu_seqlens, "segments": segments}
     given = [name for name, offsets in ragged.items() if offsets is not None]
-    came = f"grad_output has shape {list(grad_output.shape)}"
+    came = f"{d_name} has shape {list(grad_output.shape)}"
     if grad_output.ndim not in (2, 3):
         raise ValueError(f"{op}: {came}; wanted [n, t, o], or packed [tokens, o].")
     if grad_output.ndim == 3 and given:
         raise ValueError(
             f"{op}: {given[0]} is given, so the input must be packed; {came}. "
-            "Pass grad_output.flatten(0, 1) and activation.flatten(0, 1)."
+            f"Pass {d_name}.flatten(0, 1) and {x_name}.flatten(0, 1)."
         )
     if activation.ndim != grad_output.ndim or activation.shape[:-1] != grad_output.shape[:-1]:
         raise ValueError(
-            f"{op}: activation has shape {list(activation.shape)} but {came}; all but the last dimension must agree."
+            f"{op}: {x_name} has shape {list(activation.shape)} but {came}; all but the last dimension must agree."
         )
     if grad_output.ndim == 2 and sample == "sequence":
-        check.needed(op, "packed input with sample='sequence'", cu_seqlens=cu_seqlens)
+        check.needed(op, "packed input with sample='sequence'", **{f"cu_seqlens{number}": cu_seqlens})
     for name, offsets in ragged.items():
         check.dtype(op, name, offsets, OFFSETS)
         if offsets is not None and (offsets.ndim != 1 or offsets.numel() == 0):
             raise ValueError(f"{op}: {name} has shape {list(offsets.shape)}; wanted [n + 1], at least [1].")
-    check.dtype(op, "mask", mask, (torch.bool,))
-    check.shape(op, "mask", mask, grad_output.shape[:-1], "one per token")
-    check.same_device(op, grad_output=grad_output, activation=activation, mask=mask, **ragged)
+    check.dtype(op, mask_name, mask, (torch.bool,))
+    check.shape(op, mask_name, mask, grad_output.shape[:-1], "one per token")
+    check.same_device(op, **{d_name: grad_output, x_name: activation, mask_name: mask}, **ragged)
 
     tokens = math.prod(grad_output.shape[:-1])
     cu, edges = (None if x is None else x.clamp(0, tokens).cummax(0).values for x in ragged.values())

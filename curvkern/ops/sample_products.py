@@ -92,8 +92,8 @@ def sample_dots(
     """
     check.no_grad("sample_dots", grad_output1=grad_output1, activation1=activation1)
     check.no_grad("sample_dots", grad_output2=grad_output2, activation2=activation2)
-    batch1 = pack("sample_dots", grad_output1, activation1, "sequence", mask1, cu_seqlens1, None)
-    batch2 = pack("sample_dots", grad_output2, activation2, "sequence", mask2, cu_seqlens2, None)
+    batch1 = pack("sample_dots", grad_output1, activation1, "sequence", mask1, cu_seqlens1, None, "1")
+    batch2 = pack("sample_dots", grad_output2, activation2, "sequence", mask2, cu_seqlens2, None, "2")
     counts = count(grad_output1, cu_seqlens1), count(grad_output2, cu_seqlens2)
     return _sample_dots(*batch1, *batch2, *counts, allow_tf32, backend)
 
@@ -164,7 +164,7 @@ _sample_norms = register(
     fake=gathered(lambda batch, n, _: batch.grad_output.new_empty(n, dtype=batch.wide), 0),
     routes=(
         Route("cpu", gathered(_cpu_norms, 0), refuse_float64),
-        Route("triton", gathered(lazily("curvkern.kernels.sample_dots:sample_norms"), 0), refuse_float64),
+        Route("triton", gathered(lazily("curvkern.kernels.sample_products:sample_norms"), 0), refuse_float64),
         Route("reference", gathered(sample_norms_ref, 0)),
     ),
 )
@@ -179,7 +179,7 @@ _sample_dots = register(
     ),
     routes=(
         Route("cpu", gathered(_cpu_dots, 0, 6), refuse_float64),
-        Route("triton", gathered(lazily("curvkern.kernels.sample_dots:sample_dots"), 0, 6), refuse_float64),
+        Route("triton", gathered(lazily("curvkern.kernels.sample_products:sample_dots"), 0, 6), refuse_float64),
         Route("reference", gathered(sample_dots_ref, 0, 6)),
     ),
 )
