@@ -19,7 +19,7 @@ from curvkern.bench.machine import Machine, examine
 from curvkern.bench.page import write_page
 from curvkern.bench.passes import measure_passes
 from curvkern.bench.providers import Provider, missing_peers, providers
-from curvkern.bench.results import Row, read_csv, regressions, with_ratios, write_csv
+from curvkern.bench.results import Row, read_csv, regressions, scaled, with_ratios, write_csv
 from curvkern.bench.table import Printer
 
 RESULTS = Path("benchmarks/results")
@@ -90,6 +90,7 @@ def run(
     notes = [] if passes else [f"not installed, so not measured: {name}" for name in missing_peers()]
     notes += [] if passes or compiled else ["not asked for: torch.compile (--compile)"]
     notes += [f"out of time: {len(chosen) - done} cases left out"] if done < len(chosen) else []
+    notes += disturbed(machine, examine(where))
     slower = regressions(before, rows)
     printer.close(rows, slower if before else None, notes)
     if csv:
@@ -97,6 +98,17 @@ def run(
     if html:
         write_page(html, machine, rows)
     return int(bool(slower) or any(row.status == "wrong" and row.kind == "ours" for row in rows))
+
+
+def disturbed(first: Machine, last: Machine) -> list[str]:
+    """A line if the peaks before and after differ by more than a quarter: somebody else was at work."""
+    pairs = {"copy": (first.copy, last.copy), "fp32 matmul": (first.single, last.single)}
+    apart = [
+        f"{name} {scaled(before)}/s before, {scaled(after)}/s after"
+        for name, (before, after) in pairs.items()
+        if not 0.8 <= after / before <= 1.25
+    ]
+    return [f"the machine was not at rest, run again: {'; '.join(apart)}"] if apart else []
 
 
 def choose(ops: Iterable[str], dtype: str | None, size: str) -> list[Case]:

@@ -110,6 +110,12 @@ def test_the_short_table_has_a_line_a_case_and_tells_who_is_ahead(printed, monke
     assert all(0.5 < float(ahead) < 2 for _, ahead in lines), "the same function, so as fast"
 
 
+def test_a_machine_that_was_busy_is_told_of():
+    assert bench.disturbed(MACHINE, replace(MACHINE, copy=1.1e10, single=1.7e11)) == []
+    (line,) = bench.disturbed(MACHINE, replace(MACHINE, copy=2e10))
+    assert line == "the machine was not at rest, run again: copy 10 G/s before, 20 G/s after"
+
+
 def test_no_case_is_begun_after_the_limit(printed):
     status, text = printed("rollback", dtype=None, limit=0)
     assert status == 0
