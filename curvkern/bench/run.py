@@ -90,11 +90,12 @@ def run(
     notes = [] if passes else [f"not installed, so not measured: {name}" for name in missing_peers()]
     notes += [] if passes or compiled else ["not asked for: torch.compile (--compile)"]
     notes += [f"out of time: {len(chosen) - done} cases left out"] if done < len(chosen) else []
-    notes += disturbed(machine, examine(where))
+    rest = disturbed(machine, examine(where))
+    notes += rest
     slower = regressions(before, rows)
     printer.close(rows, slower if before else None, notes)
     if csv:
-        write_csv(csv / file if csv.is_dir() else csv, machine.header(), rows)
+        write_csv(csv / file if csv.is_dir() else csv, machine.header() + rest, rows)
     if html:
         write_page(html, machine, rows)
     return int(bool(slower) or any(row.status == "wrong" and row.kind == "ours" for row in rows))
