@@ -110,4 +110,5 @@ PYBIND11_MODULE(_C, m) {
   CUDA(select_histogram);
   CPU(select_blocks);
   CPU(fisher);
+  CPU(obs);
 }

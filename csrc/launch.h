@@ -9,7 +9,7 @@
 namespace curvkern {
 
 // Bump with every change to this file: Python ignores a binary with another number.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
@@ -103,6 +103,13 @@ CURVKERN_CPU_LAUNCHER(fisher(float* fisher, float* partial, float* weight_grad, 
                              int64_t tile_cols, int64_t block_rows, int64_t block_cols, int64_t depth,
                              int64_t slot_size, float scale, Statistic statistic, bool token, DType grad_dtype,
                              DType activation_dtype, int threads))
+
+// obs --------------------------------------------------------------------------------------------------------------
+// One panel [rows, width] with row stride `stride`: fixed entries (mask) go to target (null: 0), and later columns of
+// the panel make up for it by `triangle` [width, width], the panel's part of the upper factor. errors [rows, width] are
+// what the columns after the panel are to make up for.
+CURVKERN_CPU_LAUNCHER(obs(float* panel, float* errors, const uint8_t* mask, const float* target, const float* triangle,
+                          int64_t rows, int64_t width, int64_t stride, int threads))
 
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,

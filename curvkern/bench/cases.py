@@ -264,8 +264,55 @@ def _fisher() -> list[Case]:
     return cases
 
 
+def _gram() -> list[Case]:
+    """Empty, one element, tails of every tile side and of the CPU's panel; inputs of language models' layers."""
+
+    def case(function: str, t: int, i: int, dtype: torch.dtype, size: Size, layer: str = "") -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            shape = (i, i) if function == "gram_" else (i,)
+            return (torch.zeros(*shape, device=device), random(t, i, dtype=dtype, device=device, seed=1)), {}
+
+        read, flops = t * i * dtype.itemsize, t * i * (i + 1)  # a symmetric product: the half
+        cost = {"bytes": read + 8 * i * i, "flops": flops} if function == "gram_" else {"bytes": read + 8 * i}
+        return Case("gram", function, f"{layer} t{t} i{i}".lstrip(), dtype, size, make, **cost)
+
+    edges = [(0, 5), (3, 0), (1, 1), (40, 33), (70, 130), (9, 300)]
+    measured: list[tuple[int, int, Size, str]] = [
+        (2048, 1024, "s", "Qwen3-0.6B"),
+        (2048, 3072, "s", "Qwen3-0.6B down"),
+        (16384, 4096, "m", "Llama-2-7B"),
+        (16384, 14336, "l", "Llama-3-8B down"),
+    ]
+    functions = ("gram_", "column_sumsq_")
+    cases = [case(f, *shape, dtype, "edge") for f in functions for shape in edges for dtype in FLOATS]
+    cases += [case(f, 4, 16, torch.float32, "tiny") for f in functions]
+    return cases + [
+        case(f, *one[:2], dtype, *one[2:]) for f in functions for one in measured for dtype in WIDE_AND_HALF
+    ]
+
+
+def _obs() -> list[Case]:
+    """Empty, one column, tails of a panel (128) and of a strip of rows (16); square layers."""
+
+    def case(o: int, i: int, size: Size, layer: str = "") -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            factor = random(i, i, device=device, seed=2).mul_(0.3 / max(i, 1) ** 0.5).triu_()
+            factor.diagonal().copy_(1 + factor.diagonal().abs())
+            mask = random(o, i, device=device, seed=3) > 1.2
+            return (random(o, i, device=device, seed=1), mask, factor), {}
+
+        moved, flops = 8 * o * i + o * i + 4 * i * i, o * i * i
+        return Case("obs", "obs_sweep_", _text((o, i), layer), torch.float32, size, make, bytes=moved, flops=flops)
+
+    cases = [case(o, i, "edge") for o, i in [(0, 5), (5, 0), (1, 1), (17, 40), (3, 130), (20, 257)]]
+    cases += [case(8, 8, "tiny"), case(*LAYERS["Qwen3-0.6B k"], "s", "Qwen3-0.6B k")]
+    return [*cases, case(*LAYERS["Llama-2-7B q"], "m", "Llama-2-7B q")]
+
+
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
+    "gram": _gram(),
+    "obs": _obs(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),

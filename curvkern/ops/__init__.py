@@ -8,6 +8,15 @@ from curvkern.ops.fisher import (
     fisher_diag_,
     fisher_diag_ref,
 )
+from curvkern.ops.gram import (
+    FactorReport,
+    column_sumsq_,
+    column_sumsq_ref,
+    gram_,
+    gram_ref,
+    inverse_factor,
+)
+from curvkern.ops.obs import obs_sweep_, obs_sweep_ref
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.sample_products import sample_dots, sample_dots_ref, sample_norms, sample_norms_ref
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
@@ -26,6 +35,7 @@ from curvkern.ops.subspace import (
 
 __all__ = [
     "AlignmentScores",
+    "FactorReport",
     "Selector",
     "Threshold",
     "alignment_map",
@@ -38,12 +48,19 @@ __all__ = [
     "blend_ref",
     "block_select",
     "block_select_ref",
+    "column_sumsq_",
+    "column_sumsq_ref",
     "delta_floor",
     "fisher_blocks_",
     "fisher_blocks_ref",
     "fisher_diag_",
     "fisher_diag_ref",
     "gate_ref",
+    "gram_",
+    "gram_ref",
+    "inverse_factor",
+    "obs_sweep_",
+    "obs_sweep_ref",
     "pack_mask",
     "project_",
     "project_ref",
