@@ -110,4 +110,9 @@ PYBIND11_MODULE(_C, m) {
   CUDA(select_histogram);
   CPU(select_blocks);
   CPU(fisher);
+  CPU(rademacher);
+  CPU(hutchinson);
+  CPU(hutchinson_tiles);
+  CPU(perturb_squares);
+  CPU(perturb);
 }

@@ -9,7 +9,7 @@
 namespace curvkern {
 
 // Bump with every change to this file: Python ignores a binary with another number.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
@@ -103,6 +103,27 @@ CURVKERN_CPU_LAUNCHER(fisher(float* fisher, float* partial, float* weight_grad, 
                              int64_t tile_cols, int64_t block_rows, int64_t block_cols, int64_t depth,
                              int64_t slot_size, float scale, Statistic statistic, bool token, DType grad_dtype,
                              DType activation_dtype, int threads))
+
+// hessian ----------------------------------------------------------------------------------------------------------
+// Sign e of a stream, -1 where the bit is set, is bit e % 32 of word e / 32; word w is word w % 4 of Philox index w
+// / 4. out[k] = sign offset + k.
+CURVKERN_CPU_LAUNCHER(rademacher(void* out, int64_t n, int64_t seed, int64_t offset, DType dtype, int threads))
+// diag[k] += scale * sign(offset + k) * hvp[k].
+CURVKERN_CPU_LAUNCHER(hutchinson(float* diag, const void* hvp, int64_t n, int64_t seed, int64_t offset, float scale,
+                                 DType dtype, int threads))
+// diag[tile] += scale * the mean over the tile of sign * hvp; a tile at the border is smaller.
+CURVKERN_CPU_LAUNCHER(hutchinson_tiles(float* diag, const void* hvp, int64_t rows, int64_t cols, int64_t tile_rows,
+                                       int64_t tile_cols, int64_t seed, int64_t offset, float scale, DType dtype,
+                                       int threads))
+
+// perturb ----------------------------------------------------------------------------------------------------------
+// Normal number e of a stream is number e % 4 of the two pairs that words (0, 1) and (2, 3) of Philox index e / 4 give.
+// squares[s], squares[segments + s] = sum of original[k]^2, of normal(offset + k)^2 over the segment k / segment == s.
+CURVKERN_CPU_LAUNCHER(perturb_squares(double* squares, const void* original, int64_t n, int64_t segment, int64_t seed,
+                                      int64_t offset, DType dtype, int threads))
+// weight[k] = original[k] + scale[k / segment] * normal(offset + k), one rounding; weight may be original.
+CURVKERN_CPU_LAUNCHER(perturb(void* weight, const void* original, const float* scale, int64_t n, int64_t segment,
+                              int64_t seed, int64_t offset, DType dtype, int threads))
 
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
