@@ -58,6 +58,9 @@ NO_OPS = {
     "csrc/cpu/parallel.cpp": "the thread loop that all CPU kernels share",
     "curvkern/ops/score.py": "scores and gates, which select and rollback share",
     "curvkern/ops/selector.py": "the class over select's ops",
+    "curvkern/ops/philox.py": "random words, which hessian and perturb share",
+    "curvkern/kernels/philox.py": "the same in Triton",
+    "tests/ops/test_philox.py": "their test",
     "curvkern/ops/delta.py": "the alignment delta, on which subspace's ops work",
 }
 

@@ -168,8 +168,46 @@ def _fisher() -> list[Case]:
     ]
 
 
+def _hessian() -> list[Case]:
+    """Sizes at the borders of a word (32), a Philox call (128), a program (4096) and a batch (8192); Llama's layers."""
+
+    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size, **options: Any) -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            read = random(*shape, dtype=dtype, device=device, seed=1)
+            tile = options.get("block") or (1, 1)
+            sums = [-(-side // by) for side, by in zip(shape, tile, strict=False)]
+            diag = random(*sums, device=device, seed=2)
+            return {
+                "rademacher_": ((read,), {"seed": 7, **options}),
+                "hutchinson_": ((diag, read), {"seed": 7, "scale": 0.5, **options}),
+                "gnb_diag_": ((diag, read, 64), {}),
+            }[function]
+
+        # What is read and written, once: signs cost nothing. Of tiles only the product is read.
+        widths = {"rademacher_": dtype.itemsize, "hutchinson_": 8 + dtype.itemsize, "gnb_diag_": 8 + dtype.itemsize}
+        moved = n * (dtype.itemsize if "block" in options else widths[function])
+        tile = "x".join(map(str, options["block"])) if "block" in options else ""
+        label = " ".join(filter(None, ["x".join(map(str, shape)), tile]))
+        return Case("hessian", function, label, dtype, size, make, bytes=moved)
+
+    edges = [(0,), (1,), (31,), (33,), (127,), (129,), (4097,), (8193,), (33, 65)]
+    tiles = [((0, 5), (2, 2)), ((1, 1), (4, 4)), ((5, 131), (2, 32)), ((7, 300), (3, 127)), ((20, 129), (64, 1000))]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases: list[Case] = []
+    for function in ("rademacher_", "hutchinson_", "gnb_diag_"):
+        cases += [case(function, shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+        cases += [case(function, shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
+    cases += [case("hutchinson_", shape, dtype, "edge", block=tile) for shape, tile in tiles for dtype in FLOATS]
+    return cases + [
+        case("hutchinson_", shape, dtype, size, block=(128, 128)) for shape, size in measured for dtype in FLOATS[::2]
+    ]
+
+
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
+    "hessian": _hessian(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),

@@ -16,12 +16,13 @@ def philox_words(seed, index):
 
 
 @triton.jit
-def sign_bits(seed, first_index):
-    """[..., 4, 32] of 0 or 1 (-1): the signs of elements 128 * index .. + 128 for each index of ``first_index`` [...]."""
-    w0, w1, w2, w3 = philox_words(seed, first_index)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., 2, 2]: the last axis is the lowest bit of the word's place
-    words = tl.reshape(words, first_index.shape + [4])
-    return (tl.expand_dims(words, -1) >> tl.arange(0, 32).to(tl.uint32)) & 1
+def sign_bits(seed, index):
+    """[..., 128 k] of 0 (+1) or 1 (-1): the signs of elements 128 * index .. + 128 for each index [..., k]."""
+    w0, w1, w2, w3 = philox_words(seed, index)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last axis is the lowest bit of a word's place
+    words = tl.reshape(words, index.shape + [4])
+    bits = (tl.expand_dims(words, -1) >> tl.arange(0, 32).to(tl.uint32)) & 1
+    return tl.reshape(bits, index.shape[:-1] + [index.shape[-1] * 128])
 
 
 @triton.jit
@@ -56,8 +57,8 @@ def normal_pair(radius, angle):
 
 @triton.jit
 def normal_numbers(seed, index):
-    """[..., 4]: the normal numbers of elements 4 * index .. + 4 for each index."""
+    """[..., 4 k]: the normal numbers of elements 4 * index .. + 4 for each index [..., k]."""
     w0, w1, w2, w3 = philox_words(seed, index)
     a, b = normal_pair(w0, w1)
     c, d = normal_pair(w2, w3)
-    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), index.shape + [4])
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), index.shape[:-1] + [index.shape[-1] * 4])

@@ -11,6 +11,15 @@ from curvkern.ops.fisher import (
     sample_norms,
     sample_norms_ref,
 )
+from curvkern.ops.hessian import (
+    gnb_diag_,
+    gnb_diag_ref,
+    hutchinson_,
+    hutchinson_ref,
+    rademacher_,
+    rademacher_ref,
+)
+from curvkern.ops.philox import normals_ref, philox_ref, signs_ref
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
 from curvkern.ops.select import block_select, block_select_ref, score_histogram_, score_histogram_ref
@@ -49,9 +58,17 @@ __all__ = [
     "fisher_diag_",
     "fisher_diag_ref",
     "gate_ref",
+    "gnb_diag_",
+    "gnb_diag_ref",
+    "hutchinson_",
+    "hutchinson_ref",
+    "normals_ref",
     "pack_mask",
+    "philox_ref",
     "project_",
     "project_ref",
+    "rademacher_",
+    "rademacher_ref",
     "rollback_",
     "rollback_ref",
     "sample_dots",
@@ -63,6 +80,7 @@ __all__ = [
     "score_key_ref",
     "score_of_key",
     "score_ref",
+    "signs_ref",
     "subspace_basis",
     "subspace_basis_ref",
     "undo_",
