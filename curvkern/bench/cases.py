@@ -205,9 +205,31 @@ def _hessian() -> list[Case]:
     ]
 
 
+def _perturb() -> list[Case]:
+    """Sizes at the borders of a Philox call (4), a batch (256), a program (1024), a segment (65536); Llama's layers."""
+
+    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size, norm: str = "tensor") -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            weight, original = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+            return (weight, original, 0.3), {"seed": 7, "norm": norm}
+
+        # The original twice, first for its norm; the weight once.
+        label = " ".join(["x".join(map(str, shape)), norm])
+        return Case("perturb", "perturb_", label, dtype, size, make, bytes=3 * n * dtype.itemsize)
+
+    edges = [(0,), (1,), (3,), (5,), (255,), (257,), (1025,), (33, 65)]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases = [case(shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+    cases += [case(shape, dtype, "edge", "filter") for shape in [(0, 3), (3, 0), (7, 131)] for dtype in FLOATS]
+    return cases + [case(shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
+
+
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
     "hessian": _hessian(),
+    "perturb": _perturb(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),

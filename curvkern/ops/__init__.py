@@ -19,6 +19,7 @@ from curvkern.ops.hessian import (
     rademacher_,
     rademacher_ref,
 )
+from curvkern.ops.perturb import BallUndo, ball_perturb_, perturb_, perturb_ref
 from curvkern.ops.philox import normals_ref, philox_ref, signs_ref
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
@@ -40,6 +41,7 @@ from curvkern.ops.subspace import (
 
 __all__ = [
     "AlignmentScores",
+    "BallUndo",
     "Selector",
     "Threshold",
     "alignment_map",
@@ -48,6 +50,7 @@ __all__ = [
     "alignment_penalty_ref",
     "alignment_scores",
     "alignment_scores_ref",
+    "ball_perturb_",
     "blend_",
     "blend_ref",
     "block_select",
@@ -64,6 +67,8 @@ __all__ = [
     "hutchinson_ref",
     "normals_ref",
     "pack_mask",
+    "perturb_",
+    "perturb_ref",
     "philox_ref",
     "project_",
     "project_ref",

@@ -68,7 +68,7 @@ def hutchinson_(
         TypeError, ValueError: arguments that do not fit.
         RuntimeError: an input requires grad under grad mode.
 
-    Source: Hutchinson (1989), Bekas et al. (2007); Yao et al., AdaHessian (2006.00719), section 3, spatial averages.
+    Source: Hutchinson (1989), Bekas et al. (2007); Yao et al., AdaHessian (2006.00719), spatial averages.
     """
     check.no_grad("hutchinson_", diag=diag, hvp=hvp)
     check_stream("hutchinson_", seed, offset)
