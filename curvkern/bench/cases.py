@@ -205,6 +205,36 @@ def _hessian() -> list[Case]:
     ]
 
 
+def _loss() -> list[Case]:
+    """Sizes at the borders of a program's step (4096) and of a chunk (2^19 logits); vocabularies of Llama 2 and 3."""
+
+    def case(function: str, tokens: int, vocab: int, dtype: torch.dtype, size: Size, hidden: int = 0) -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            head = {"lm_head": random(vocab, hidden, dtype=dtype, device=device, seed=3)} if hidden else {}
+            x, y = (random(tokens, hidden or vocab, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+            counted = torch.arange(tokens, device=device) % 5 != 3
+            if function == "kl_to_reference":
+                return (x, y, counted), head
+            labels = torch.where(counted, torch.arange(tokens, device=device) * 37 % vocab, -100)
+            return (x, labels, random(tokens, device=device, seed=4)), head
+
+        read = 2 if function == "kl_to_reference" else 1
+        moved = read * tokens * (hidden or vocab) * dtype.itemsize + vocab * hidden * dtype.itemsize
+        label = f"{tokens}x{vocab}" + (f" d{hidden}" if hidden else "")
+        flops = read * 2 * tokens * vocab * hidden
+        return Case("loss", function, label, dtype, size, make, bytes=moved, flops=flops)
+
+    edges = [(0, 5, 0), (1, 1, 0), (7, 33, 0), (3, 4097, 0), (0, 5, 4), (6, 70, 9)]
+    measured: list[tuple[int, int, int, Size]] = [
+        (512, 32000, 0, "s"), (2048, 32000, 0, "m"), (8192, 128256, 0, "l"), (512, 32000, 1024, "s"),
+    ]  # fmt: skip
+    cases: list[Case] = []
+    for function in ("weighted_cross_entropy", "kl_to_reference"):
+        cases += [case(function, t, v, dtype, "edge", d) for t, v, d in edges for dtype in FLOATS]
+        cases += [case(function, t, v, dtype, size, d) for t, v, d, size in measured for dtype in FLOATS[::2]]
+    return cases
+
+
 def _perturb() -> list[Case]:
     """Sizes at the borders of a Philox call (4), a batch (256), a program (1024), a segment (65536); Llama's layers."""
 
@@ -229,6 +259,7 @@ def _perturb() -> list[Case]:
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
     "hessian": _hessian(),
+    "loss": _loss(),
     "perturb": _perturb(),
     "rollback": _rollback(),
     "select": _select(),

@@ -19,6 +19,13 @@ from curvkern.ops.hessian import (
     rademacher_,
     rademacher_ref,
 )
+from curvkern.ops.loss import (
+    hidden_cosine_loss,
+    kl_to_reference,
+    kl_to_reference_ref,
+    weighted_cross_entropy,
+    weighted_cross_entropy_ref,
+)
 from curvkern.ops.perturb import BallUndo, ball_perturb_, perturb_, perturb_ref
 from curvkern.ops.philox import normals_ref, philox_ref, signs_ref
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
@@ -63,8 +70,11 @@ __all__ = [
     "gate_ref",
     "gnb_diag_",
     "gnb_diag_ref",
+    "hidden_cosine_loss",
     "hutchinson_",
     "hutchinson_ref",
+    "kl_to_reference",
+    "kl_to_reference_ref",
     "normals_ref",
     "pack_mask",
     "perturb_",
@@ -90,4 +100,6 @@ __all__ = [
     "subspace_basis_ref",
     "undo_",
     "unpack_mask",
+    "weighted_cross_entropy",
+    "weighted_cross_entropy_ref",
 ]

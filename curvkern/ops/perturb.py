@@ -148,7 +148,7 @@ def perturb_ref(weight: Tensor, original: Tensor, alpha: float, seed: int, offse
 
 
 def _scales(squares: Tensor, alpha: float) -> Tensor:
-    """alpha |W_0| / |z| from the squares of both norms; 0 where z is 0."""
+    """The step's factor, alpha |W_0| / |z|, from the squares of both norms; 0 where z is 0."""
     return torch.where(squares[1] > 0, alpha * (squares[0] / squares[1]).sqrt(), 0.0)
 
 

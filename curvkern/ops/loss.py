@@ -1,0 +1,403 @@
+r"""Losses over a vocabulary that never hold a wide copy of the logits: cross entropy with signed weights, KL, cosine.
+
+Logits are walked a few rows at a time and widened there. There is no native kernel: on a CPU torch's own operations on
+chunks that stay in cache are as fast as its fused loss; on a GPU Triton reads a row once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from curvkern.backend import check
+from curvkern.backend.dispatch import Route, lazily
+from curvkern.backend.register import register
+from curvkern.ops.score import WEIGHTS
+
+Reduction = Literal["mean", "sum"]
+
+IGNORED = -100
+WIDENED = 1 << 19  # logits widened at a time: 2 MiB of float32, which a core's second-level cache holds
+CHUNK = 1 << 26  # bytes of logits made from hidden states at a time
+
+
+def weighted_cross_entropy(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, *,
+    lm_head: Tensor | None = None, reduction: Reduction = "mean", overwrite: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    r"""Cross entropy of tokens with weights of either sign, :math:`\frac1N \sum_k w_k (\log\sum_j e^{x_{kj}} - x_{ky_k})`.
+
+    N counts the labels that are not -100. Tokens with that label or with weight 0 count for nothing, whatever their
+    logits are, NaN included. STAR-DSS's loss has the gradient of this one with
+    :math:`w_k = V_k - (1 - V_k) \lambda (\log\pi(y_k) - \log\pi_{ref}(y_k))`, held constant; DeRTa's is this one.
+
+    Args:
+        logits: [..., vocabulary]; float32, float16, bfloat16 (reference: float64 too). With ``lm_head``: hidden states
+            [..., d], whose logits ``hidden @ lm_head.T`` are made a chunk of tokens (64 MiB) at a time, in their dtype.
+        labels: int64 [...], -100 or in the vocabulary; any other makes the loss NaN. They are not shifted.
+        weight: floating [...]; None: all 1. Has no derivative.
+        lm_head: [vocabulary, d], of the dtype of the hidden states.
+        reduction: ``"mean"``, or ``"sum"`` without 1 / N.
+        overwrite: let the backward pass put the gradient where the logits were, which saves a tensor of their size. A
+            second backward pass is then an error.
+        backend: see `use`.
+
+    Returns:
+        Scalar, float32 (float64 for float64), differentiable once in logits, or hidden states and ``lm_head``. Softmax
+        and sums are float32 inside; gradients have their tensor's dtype, that of ``lm_head`` is summed in float32.
+        From hidden states gradients are made in the forward pass, so that no logits are made twice. Memory beside
+        them: two numbers a token, 64 MiB and, where ``lm_head`` has a gradient, its size in float32. Deterministic.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        RuntimeError: weight requires grad under grad mode.
+
+    Source: Shape it Up! (STAR-DSS, 2505.17196); Yuan et al., DeRTa (2407.09121).
+    """
+    op = "weighted_cross_entropy"
+    check.no_grad(op, weight=weight)
+    check.one_of(op, "reduction", reduction, get_args(Reduction))
+    _check_logits(op, logits, lm_head, overwrite)
+    check.dtype(op, "labels", labels, (torch.int64,))
+    tokens = {"labels": labels, "weight": weight}
+    _check_tokens(op, logits, **tokens)
+    labels = labels.reshape(-1)
+    scale = _scale(labels != IGNORED, weight, reduction, _wide(logits))
+    labels = labels.masked_fill(scale == 0, IGNORED)
+    return _loss(logits, lm_head, labels, None, None, scale, overwrite, backend)
+
+
+def kl_to_reference(
+    logits: Tensor, reference: Tensor, mask: Tensor | None = None, *,
+    lm_head: Tensor | None = None, reference_head: Tensor | None = None,
+    reduction: Reduction = "mean", overwrite: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    r"""How far a model's predictions are from a reference's, :math:`\frac1N\sum_k \sum_j p_{kj}(\log p_{kj} - \log q_{kj})`.
+
+    p is the softmax of the reference, q that of the logits, N the number of tokens that count: the forward KL of the
+    whole vocabulary, with gradient :math:`(q - p) / N`.
+
+    Args:
+        logits: [..., vocabulary], or hidden states with ``lm_head``: see `weighted_cross_entropy`.
+        reference: logits of the reference model, like ``logits``; with ``lm_head`` its hidden states [..., e]. Has no
+            derivative.
+        mask: bool [...]: tokens that count; the others may be NaN. None: all.
+        lm_head: [vocabulary, d].
+        reference_head: [vocabulary, e] of the reference model. None: ``lm_head``, without its gradient.
+        reduction: ``"mean"``, or ``"sum"`` without 1 / N.
+        overwrite: see `weighted_cross_entropy`.
+        backend: see `use`.
+
+    Returns:
+        Scalar as of `weighted_cross_entropy`; 0 for equal logits. A logit of minus infinity is a word that cannot be
+        said: where only the model excludes it, the divergence is infinite. Deterministic.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit.
+        RuntimeError: the reference requires grad under grad mode.
+
+    Source: the alignment loss of SafeGrad (2508.07172), eq. 6, over the tokens of the mask alone.
+    """
+    op = "kl_to_reference"
+    check.no_grad(op, reference=reference, reference_head=reference_head)
+    check.one_of(op, "reduction", reduction, get_args(Reduction))
+    _check_logits(op, logits, lm_head, overwrite)
+    check.dtype(op, "mask", mask, (torch.bool,))
+    _check_tokens(op, logits, mask=mask)
+    if lm_head is not None:
+        reference_head = lm_head.detach() if reference_head is None else reference_head
+        check.shape(op, "reference_head", reference_head, (len(lm_head), reference.shape[-1]), "[vocabulary, e]")
+        check.shape(op, "reference", reference, (*logits.shape[:-1], reference.shape[-1]), "the tokens of logits")
+    else:
+        check.same_shape(op, logits=logits, reference=reference)
+    check.dtype(op, "reference", reference, WEIGHTS)
+    check.same_dtype(op, reference=reference, reference_head=reference_head)
+    check.same_device(op, logits=logits, reference=reference, reference_head=reference_head)
+    counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
+    scale = _scale(counted.reshape(-1), None, reduction, _wide(logits))
+    labels = torch.where(scale == 0, IGNORED, 0)
+    rows = reference.reshape(-1, reference.shape[-1])
+    return _loss(logits, lm_head, labels, rows, reference_head, scale, overwrite, backend)
+
+
+def hidden_cosine_loss(hidden: Tensor, anchor: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    r"""Minus the cosine of a batch's mean last-token hidden state to an anchor, :math:`-\cos(\bar h, a)`.
+
+    Args:
+        hidden: [n, d], the last tokens' states; or [n, t, d], of which the last position is taken, or with ``mask``
+            each row's last token.
+        anchor: a, [d].
+        mask: bool [n, t]: which positions are tokens, on either side of the padding. Each row needs one.
+
+    Returns:
+        Scalar, float32 (float64 if hidden is), differentiable in both by torch's own operations; 0 where either vector
+        is 0.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit, or an empty batch.
+
+    Source: Yang et al. (2504.09757), section IV.
+    """
+    op = "hidden_cosine_loss"
+    check.dtype(op, "hidden", hidden, WEIGHTS)
+    check.dtype(op, "anchor", anchor, WEIGHTS)
+    if hidden.ndim not in (2, 3) or hidden.shape[:-1].numel() == 0:
+        raise ValueError(f"{op}: hidden has shape {list(hidden.shape)}; wanted [n, d] or [n, t, d], not empty.")
+    check.shape(op, "anchor", anchor, hidden.shape[-1:], "one number a feature of hidden")
+    check.dtype(op, "mask", mask, (torch.bool,))
+    check.shape(op, "mask", mask, hidden.shape[:2] if hidden.ndim == 3 else (), "[n, t], for hidden [n, t, d]")
+    check.same_device(op, hidden=hidden, anchor=anchor, mask=mask)
+    if mask is not None:
+        last = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+        hidden = hidden.take_along_dim(last[:, None, None], 1)[:, 0]
+    elif hidden.ndim == 3:
+        hidden = hidden[:, -1]
+    mean = hidden.to(_wide(hidden)).mean(0)
+    return -torch.nn.functional.cosine_similarity(mean, anchor.to(mean.dtype), dim=0)
+
+
+def _loss(
+    logits: Tensor, lm_head: Tensor | None, labels: Tensor, reference: Tensor | None, reference_head: Tensor | None,
+    scale: Tensor, overwrite: bool, backend: str,
+) -> Tensor:  # fmt: skip
+    rows = logits.reshape(-1, logits.shape[-1])
+    if lm_head is not None:
+        return _FromHidden.apply(rows, lm_head, labels, reference, reference_head, scale, backend)
+    return _FromLogits.apply(rows, labels, reference, scale, overwrite, backend)
+
+
+def _scale(counted: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Per token: its weight, 0 if it does not count, over the number that do."""
+    scale = counted.to(dtype) if weight is None else torch.where(counted, weight.reshape(-1).to(dtype), 0)
+    return scale / counted.sum().clamp(min=1) if reduction == "mean" else scale
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+class _FromLogits(torch.autograd.Function):
+    """sum_k scale_k loss_k of given logits; the gradient is made in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, labels: Tensor, reference: Tensor | None, scale: Tensor, overwrite: bool, backend: str
+    ) -> Tensor:
+        loss, lse, reference_lse = _token_loss(logits.detach(), labels, reference, backend)
+        ctx.save_for_backward(logits, labels, reference, lse, reference_lse, scale)
+        ctx.overwrite, ctx.backend = overwrite, backend
+        return (scale * loss).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, labels, reference, lse, reference_lse, scale = ctx.saved_tensors
+        x = logits.detach()  # shares the version, so that logits overwritten once cannot be used again
+        out = x if ctx.overwrite else x.new_empty(x.shape)
+        read = None if ctx.overwrite else x
+        _token_grad(out, read, labels, reference, lse, reference_lse, scale * grad, ctx.backend)
+        return out, None, None, None, None, None
+
+
+class _FromHidden(torch.autograd.Function):
+    """The same from hidden states; a chunk's logits become their own gradient and are used up at once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, lm_head: Tensor, labels: Tensor, reference: Tensor | None,
+        reference_head: Tensor | None, scale: Tensor, backend: str,
+    ) -> Tensor:  # fmt: skip
+        wants_hidden, wants_head = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        grad_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
+        grad_head = torch.zeros_like(lm_head, dtype=total.dtype) if wants_head else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            for rows in _slices(len(hidden), len(lm_head) * hidden.element_size(), CHUNK):
+                # Zeroed, as 0 * NaN of a token that does not count would reach the gradient of the head.
+                h = hidden[rows].masked_fill((labels[rows] == IGNORED)[:, None], 0)
+                x = h @ lm_head.mT
+                y = None if reference is None or reference_head is None else reference[rows] @ reference_head.mT
+                loss, lse, reference_lse = _token_loss(x, labels[rows], y, backend)
+                total += (scale[rows] * loss).sum()
+                if wants_hidden or wants_head:
+                    _token_grad(x, None, labels[rows], y, lse, reference_lse, scale[rows], backend)
+                if grad_hidden is not None:
+                    torch.mm(x, lm_head, out=grad_hidden[rows])
+                if grad_head is not None:
+                    grad_head += x.mT @ h
+        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(lm_head.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        made = (None if g is None else (g * grad).to(g.dtype) for g in ctx.saved_tensors)
+        return *made, None, None, None, None, None
+
+
+def _slices(rows: int, size: int, limit: int) -> Iterator[slice]:
+    """[0, rows) in equal runs, the last may be shorter, of as many rows of ``size`` as ``limit`` holds."""
+    step = max(1, limit // max(size, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+# reference ------------------------------------------------------------------------------------------------------------
+
+
+def weighted_cross_entropy_ref(
+    logits: Tensor, labels: Tensor, weight: Tensor | None = None, lm_head: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
+    """The definition of `weighted_cross_entropy`, in plain torch that autograd can follow; holds everything at once."""
+    counted = (labels != IGNORED).reshape(-1)
+    scale = _scale(counted, weight, reduction, _wide(logits))
+    used = scale != 0
+    rows = logits.reshape(-1, logits.shape[-1])[used]
+    x = rows if lm_head is None else rows @ lm_head.mT
+    picked = x.to(scale.dtype).log_softmax(1).gather(1, labels.reshape(-1)[used, None])[:, 0]
+    return -(scale[used] * picked).sum()
+
+
+def kl_to_reference_ref(
+    logits: Tensor, reference: Tensor, mask: Tensor | None = None, lm_head: Tensor | None = None,
+    reference_head: Tensor | None = None, reduction: str = "mean",
+) -> Tensor:  # fmt: skip
+    """The definition of `kl_to_reference`, in plain torch that autograd can follow; holds everything at once."""
+    counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
+    x, y = logits[counted], reference[counted]
+    if lm_head is not None:
+        x, y = x @ lm_head.mT, y @ (lm_head.detach() if reference_head is None else reference_head).mT
+    p, log_p, log_q = y.to(_wide(x)).softmax(1), y.to(_wide(x)).log_softmax(1), x.to(_wide(x)).log_softmax(1)
+    total = torch.where(p > 0, p * (log_p - log_q), 0).sum()
+    return total / counted.sum().clamp(min=1) if reduction == "mean" else total
+
+
+def token_loss_ref(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per row: cross entropy of its label, or KL from the reference; `_normaliser` of logits and of reference.
+
+    All are 0 where the label is -100. [rows], [2, rows], and [2, rows] or without a reference [2, 0].
+    """
+    dtype, rows = _wide(logits), len(logits)
+    loss, lse = logits.new_zeros(rows, dtype=dtype), logits.new_zeros(2, rows, dtype=dtype)
+    reference_lse = logits.new_zeros(2, rows if reference is not None else 0, dtype=dtype)
+    for part in _slices(rows, logits.shape[1], WIDENED):
+        x = logits[part].to(dtype)
+        top, spread = _normaliser(lse[:, part], x)
+        if reference is not None:
+            y = reference[part].to(dtype)
+            reference_top, reference_spread = _normaliser(reference_lse[:, part], y)
+            p = ((y - reference_top[:, None]) - reference_spread[:, None]).exp_()
+            cross = torch.where(p > 0, p * (y - x), 0).sum(1)
+            loss[part] = cross + (top - reference_top) + (spread - reference_spread)
+        elif labels is not None:
+            at = labels[part, None]
+            known = (at >= 0) & (at < x.shape[1])
+            picked = x.gather(1, torch.where(known, at, 0)).masked_fill(~known, float("nan"))
+            loss[part] = (top - picked[:, 0]) + spread
+    if labels is not None:
+        for sums in (loss, lse) if reference is None else (loss, lse, reference_lse):
+            sums.masked_fill_(labels == IGNORED, 0)
+    return loss, lse, reference_lse
+
+
+def _normaliser(out: Tensor, x: Tensor) -> Tensor:
+    """Largest logit and log of the sum of exp(x - largest), kept apart: their sum would round the second away."""
+    top = x.amax(1)
+    return out.copy_(torch.stack([top, (x - top[:, None]).exp_().sum(1).log_()]))
+
+
+def token_grad_ref(
+    out: Tensor,
+    logits: Tensor | None,
+    labels: Tensor | None,
+    reference: Tensor | None,
+    lse: Tensor,
+    reference_lse: Tensor,
+    scale: Tensor,
+) -> None:
+    """Write scale (softmax(logits) - target), 0 where the label is -100; without logits they lie in ``out``."""
+    for part in _slices(len(out), out.shape[1], WIDENED):
+        grad = _softmax((out if logits is None else logits)[part], lse[:, part])
+        if reference is not None:
+            grad -= _softmax(reference[part], reference_lse[:, part])
+        elif labels is not None:
+            at = labels[part, None]
+            known = (at >= 0) & (at < out.shape[1])
+            grad.scatter_add_(1, torch.where(known, at, 0), -known.to(grad.dtype))
+        grad *= scale[part, None]
+        if labels is not None:
+            grad.masked_fill_(labels[part, None] == IGNORED, 0)
+        out[part] = grad
+
+
+def _softmax(x: Tensor, lse: Tensor) -> Tensor:
+    return (x.to(lse.dtype) - lse[0, :, None]).sub_(lse[1, :, None]).exp_()
+
+
+# checks ---------------------------------------------------------------------------------------------------------------
+
+
+def _check_logits(op: str, logits: Tensor, lm_head: Tensor | None, overwrite: bool) -> None:
+    check.dtype(op, "logits", logits, WEIGHTS)
+    if logits.ndim == 0 or (lm_head is not None and lm_head.ndim != 2):
+        raise ValueError(
+            f"{op}: wanted logits [..., vocabulary], or hidden states [..., d] and lm_head [vocabulary, d]."
+        )
+    if lm_head is not None:
+        check.same_dtype(op, logits=logits, lm_head=lm_head)
+        check.shape(op, "lm_head", lm_head, (len(lm_head), logits.shape[-1]), "[vocabulary, d] beside hidden [..., d]")
+        check.same_device(op, logits=logits, lm_head=lm_head)
+    elif overwrite and (not logits.is_contiguous() or (logits.is_leaf and logits.requires_grad)):
+        raise ValueError(
+            f"{op}: overwrite needs contiguous logits that a model computed (no leaf). Pass overwrite=False."
+        )
+
+
+def _check_tokens(op: str, logits: Tensor, **tokens: Tensor | None) -> None:
+    """Labels, weights and masks: one a token."""
+    for name, tensor in tokens.items():
+        check.shape(op, name, tensor, logits.shape[:-1], "one a token")
+    check.same_device(op, logits=logits, **tokens)
+    if (weight := tokens.get("weight")) is not None:
+        check.dtype(op, "weight", weight, WEIGHTS)
+
+
+def _check_rows(logits: Tensor, *_: object) -> None:
+    if logits.ndim != 2:
+        raise ValueError(f"token_loss: logits has shape {list(logits.shape)}; wanted [tokens, vocabulary].")
+
+
+def _refuse(*arguments: object) -> str | None:
+    double = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
+    return "float64 runs on the reference only" if double else None
+
+
+def _fake_token_loss(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = len(logits), _wide(logits)
+    sizes = ((rows,), (2, rows), (2, rows if reference is not None else 0))
+    loss, lse, reference_lse = (logits.new_empty(size, dtype=dtype) for size in sizes)
+    return loss, lse, reference_lse
+
+
+_token_loss = register(
+    "token_loss(Tensor logits, Tensor? labels, Tensor? reference, str backend) -> (Tensor, Tensor, Tensor)",
+    check=_check_rows,
+    fake=_fake_token_loss,
+    routes=(
+        Route("triton", lazily("curvkern.kernels.loss:token_loss"), _refuse),
+        Route("reference", token_loss_ref),
+    ),
+)
+
+_token_grad = register(
+    "token_grad_(Tensor(a!) out, Tensor? logits, Tensor? labels, Tensor? reference, Tensor lse, Tensor reference_lse, "
+    "Tensor scale, str backend) -> ()",
+    check=_check_rows,
+    routes=(
+        Route("triton", lazily("curvkern.kernels.loss:token_grad"), _refuse),
+        Route("reference", token_grad_ref),
+    ),
+)
