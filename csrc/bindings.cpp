@@ -113,6 +113,8 @@ PYBIND11_MODULE(_C, m) {
   CPU(rademacher);
   CPU(hutchinson);
   CPU(hutchinson_tiles);
+  CPU(token_loss);
+  CPU(token_grad);
   CPU(perturb_squares);
   CPU(perturb);
 }

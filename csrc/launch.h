@@ -116,6 +116,19 @@ CURVKERN_CPU_LAUNCHER(hutchinson_tiles(float* diag, const void* hvp, int64_t row
                                        int64_t tile_cols, int64_t seed, int64_t offset, float scale, DType dtype,
                                        int threads))
 
+// loss -------------------------------------------------------------------------------------------------------------
+// Rows of `vocab` logits. lse[row] = top, the largest; lse[rows + row] = spread, log of the sum of exp(x - top);
+// reference_lse the same of the reference. loss[row] = top + spread - x[label], or with a reference the divergence of
+// the logits' softmax from its own. All 0 where the label is -100. labels, reference and reference_lse may be null.
+CURVKERN_CPU_LAUNCHER(token_loss(float* loss, float* lse, float* reference_lse, const void* logits,
+                                 const int64_t* labels, const void* reference, int64_t rows, int64_t vocab, DType dtype,
+                                 DType reference_dtype, int threads))
+// out = scale[row] * (softmax(logits) - target), the target one at the label or softmax(reference); 0 where the label
+// is -100. logits null: they lie in out.
+CURVKERN_CPU_LAUNCHER(token_grad(void* out, const void* logits, const int64_t* labels, const void* reference,
+                                 const float* lse, const float* reference_lse, const float* scale, int64_t rows,
+                                 int64_t vocab, DType dtype, DType reference_dtype, int threads))
+
 // perturb ----------------------------------------------------------------------------------------------------------
 // Normal number e of a stream is number e % 4 of the two pairs that words (0, 1) and (2, 3) of Philox index e / 4 give.
 // squares[s], squares[segments + s] = sum of original[k]^2, of normal(offset + k)^2 over the segment k / segment == s.

@@ -1,7 +1,6 @@
 r"""Losses over a vocabulary that never hold a wide copy of the logits: cross entropy with signed weights, KL, cosine.
 
-Logits are walked a few rows at a time and widened there. There is no native kernel: on a CPU torch's own operations on
-chunks that stay in cache are as fast as its fused loss; on a GPU Triton reads a row once.
+Logits are walked a few rows, or a part of a row, at a time and widened there.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvkern.backend import check
+from curvkern.backend import check, launch
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
 from curvkern.ops.score import WEIGHTS
@@ -29,9 +28,9 @@ def weighted_cross_entropy(
     logits: Tensor, labels: Tensor, weight: Tensor | None = None, *,
     lm_head: Tensor | None = None, reduction: Reduction = "mean", overwrite: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    r"""Cross entropy of tokens with weights of either sign, :math:`\frac1N \sum_k w_k (\log\sum_j e^{x_{kj}} - x_{ky_k})`.
+    r"""Cross entropy with a weight a token, of either sign.
 
-    N counts the labels that are not -100. Tokens with that label or with weight 0 count for nothing, whatever their
+    :math:`\frac1N \sum_k w_k (\log\sum_j e^{x_{kj}} - x_{ky_k})`, where N counts the labels that are not -100. Tokens with that label or with weight 0 count for nothing, whatever their
     logits are, NaN included. STAR-DSS's loss has the gradient of this one with
     :math:`w_k = V_k - (1 - V_k) \lambda (\log\pi(y_k) - \log\pi_{ref}(y_k))`, held constant; DeRTa's is this one.
 
@@ -76,9 +75,9 @@ def kl_to_reference(
     lm_head: Tensor | None = None, reference_head: Tensor | None = None,
     reduction: Reduction = "mean", overwrite: bool = False, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    r"""How far a model's predictions are from a reference's, :math:`\frac1N\sum_k \sum_j p_{kj}(\log p_{kj} - \log q_{kj})`.
+    r"""How far a model's predictions are from a reference's.
 
-    p is the softmax of the reference, q that of the logits, N the number of tokens that count: the forward KL of the
+    :math:`\frac1N\sum_k \sum_j p_{kj}(\log p_{kj} - \log q_{kj})`: p is the softmax of the reference, q that of the logits, N the number of tokens that count: the forward KL of the
     whole vocabulary, with gradient :math:`(q - p) / N`.
 
     Args:
@@ -382,11 +381,38 @@ def _fake_token_loss(logits: Tensor, labels: Tensor | None, reference: Tensor | 
     return loss, lse, reference_lse
 
 
+# native ---------------------------------------------------------------------------------------------------------------
+
+
+def _native_token_loss(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, ...]:
+    rows, vocab = logits.shape
+    sums = [torch.empty(size) for size in ((rows,), (2, rows), (2, rows if reference is not None else 0))]
+    dense = [None if t is None else t.contiguous() for t in (logits, labels, reference)]
+    codes = (logits.dtype, logits.dtype if reference is None else reference.dtype)
+    launch.native_op("token_loss", logits.device, *sums, *dense, rows, vocab, *codes)
+    return tuple(sums)
+
+
+def _native_token_grad(
+    out: Tensor,
+    logits: Tensor | None,
+    labels: Tensor | None,
+    reference: Tensor | None,
+    lse: Tensor,
+    reference_lse: Tensor,
+    scale: Tensor,
+) -> None:
+    dense = [None if t is None else t.contiguous() for t in (logits, labels, reference, lse, reference_lse, scale)]
+    codes = (out.dtype, out.dtype if reference is None else reference.dtype)
+    launch.native_op("token_grad", out.device, out, *dense, *out.shape, *codes)
+
+
 _token_loss = register(
     "token_loss(Tensor logits, Tensor? labels, Tensor? reference, str backend) -> (Tensor, Tensor, Tensor)",
     check=_check_rows,
     fake=_fake_token_loss,
     routes=(
+        Route("cpu", _native_token_loss, _refuse),
         Route("triton", lazily("curvkern.kernels.loss:token_loss"), _refuse),
         Route("reference", token_loss_ref),
     ),
@@ -397,6 +423,7 @@ _token_grad = register(
     "Tensor scale, str backend) -> ()",
     check=_check_rows,
     routes=(
+        Route("cpu", _native_token_grad, _refuse),
         Route("triton", lazily("curvkern.kernels.loss:token_grad"), _refuse),
         Route("reference", token_grad_ref),
     ),

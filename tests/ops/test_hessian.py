@@ -63,8 +63,10 @@ def test_native_equals_the_reference_on_any_slice(shape, tile, offset, start, se
     stream = {"seed": seed, "offset": offset}
     plain = [hutchinson_(torch.ones(shape), hvp, scale=0.3, backend=b, **stream) for b in ("cpu", "reference")]
     assert torch.equal(*plain)
-    signs = [rademacher_(torch.empty(start + n, dtype=dtype)[start:], backend=b, **stream) for b in ("cpu", "reference")]
-    assert torch.equal(*signs)
+    buffers = [torch.empty(start + n, dtype=dtype)[start:] for _ in range(2)]
+    assert torch.equal(
+        *(rademacher_(x, backend=b, **stream) for x, b in zip(buffers, ("cpu", "reference"), strict=True))
+    )
     sums = torch.zeros(-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
     tiled = hutchinson_(sums, hvp, block=tile, backend="cpu", **stream)
     exact = hutchinson_(sums.double().zero_(), hvp.double(), block=tile, backend="reference", **stream)
