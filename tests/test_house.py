@@ -58,6 +58,7 @@ NO_OPS = {
     "csrc/cpu/parallel.cpp": "the thread loop that all CPU kernels share",
     "curvkern/ops/score.py": "scores and gates, which select and rollback share",
     "curvkern/ops/selector.py": "the class over select's ops",
+    "curvkern/ops/token_loss.py": "rows of logits, on which loss's functions work",
     "curvkern/ops/philox.py": "random words, which hessian and perturb share",
     "curvkern/kernels/philox.py": "the same in Triton",
     "tests/ops/test_philox.py": "their test",

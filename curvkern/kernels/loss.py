@@ -79,7 +79,7 @@ def token_grad_kernel(
     out_ptr, logits_ptr, labels_ptr, reference_ptr, lse_ptr, reference_lse_ptr, scale_ptr, rows, vocab,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = scale (softmax(logits) - target); without ``logits_ptr`` the logits lie in out."""
+    """Write scale (softmax(logits) - target); without ``logits_ptr`` the logits lie in out."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = col < vocab

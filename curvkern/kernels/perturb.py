@@ -62,7 +62,7 @@ def squares(original: Tensor, segment: int, seed: int, offset: int) -> Tensor:
 
 
 def write(weight: Tensor, original: Tensor, scale: Tensor, segment: int, seed: int, offset: int) -> None:
-    """weight = original + scale[segment] * normal; all contiguous."""
+    """Set weight to original + scale[segment] * normal; all contiguous."""
     n = original.numel()
     with torch.cuda.device_of(weight):
         perturb_kernel[(triton.cdiv(offset % 4 + n, BLOCK),)](

@@ -1,6 +1,7 @@
 """Philox 4x32-10 in Triton: the words of csrc/rules.h and of ops/philox.py, and what is made of them."""
 
 # pyright: basic, reportCallIssue=false
+# ruff: noqa: RUF005  (jit functions know no unpacking)
 from __future__ import annotations
 
 import triton

@@ -5,22 +5,18 @@ Logits are walked a few rows, or a part of a row, at a time and widened there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from curvkern.backend import check, launch
-from curvkern.backend.dispatch import Route, lazily
-from curvkern.backend.register import register
+from curvkern.backend import check
 from curvkern.ops.score import WEIGHTS
+from curvkern.ops.token_loss import IGNORED, row_slices, token_grad_, token_loss, wide
 
 Reduction = Literal["mean", "sum"]
 
-IGNORED = -100
-WIDENED = 1 << 19  # logits widened at a time: 2 MiB of float32, which a core's second-level cache holds
 CHUNK = 1 << 26  # bytes of logits made from hidden states at a time
 
 
@@ -30,8 +26,9 @@ def weighted_cross_entropy(
 ) -> Tensor:  # fmt: skip
     r"""Cross entropy with a weight a token, of either sign.
 
-    :math:`\frac1N \sum_k w_k (\log\sum_j e^{x_{kj}} - x_{ky_k})`, where N counts the labels that are not -100. Tokens with that label or with weight 0 count for nothing, whatever their
-    logits are, NaN included. STAR-DSS's loss has the gradient of this one with
+    :math:`\frac1N \sum_k w_k (\log\sum_j e^{x_{kj}} - x_{ky_k})`, where N counts the labels that are not -100.
+    Tokens with that label or with weight 0 count for nothing, whatever their logits are, NaN included. STAR-DSS's loss
+    has the gradient of this one with
     :math:`w_k = V_k - (1 - V_k) \lambda (\log\pi(y_k) - \log\pi_{ref}(y_k))`, held constant; DeRTa's is this one.
 
     Args:
@@ -65,7 +62,7 @@ def weighted_cross_entropy(
     tokens = {"labels": labels, "weight": weight}
     _check_tokens(op, logits, **tokens)
     labels = labels.reshape(-1)
-    scale = _scale(labels != IGNORED, weight, reduction, _wide(logits))
+    scale = _scale(labels != IGNORED, weight, reduction, wide(logits))
     labels = labels.masked_fill(scale == 0, IGNORED)
     return _loss(logits, lm_head, labels, None, None, scale, overwrite, backend)
 
@@ -77,8 +74,8 @@ def kl_to_reference(
 ) -> Tensor:  # fmt: skip
     r"""How far a model's predictions are from a reference's.
 
-    :math:`\frac1N\sum_k \sum_j p_{kj}(\log p_{kj} - \log q_{kj})`: p is the softmax of the reference, q that of the logits, N the number of tokens that count: the forward KL of the
-    whole vocabulary, with gradient :math:`(q - p) / N`.
+    :math:`\frac1N\sum_k \sum_j p_{kj}(\log p_{kj} - \log q_{kj})` over the whole vocabulary: p is the softmax
+    of the reference, q that of the logits, N the number of tokens that count. The gradient is :math:`(q - p) / N`.
 
     Args:
         logits: [..., vocabulary], or hidden states with ``lm_head``: see `weighted_cross_entropy`.
@@ -117,7 +114,7 @@ def kl_to_reference(
     check.same_dtype(op, reference=reference, reference_head=reference_head)
     check.same_device(op, logits=logits, reference=reference, reference_head=reference_head)
     counted = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device) if mask is None else mask
-    scale = _scale(counted.reshape(-1), None, reduction, _wide(logits))
+    scale = _scale(counted.reshape(-1), None, reduction, wide(logits))
     labels = torch.where(scale == 0, IGNORED, 0)
     rows = reference.reshape(-1, reference.shape[-1])
     return _loss(logits, lm_head, labels, rows, reference_head, scale, overwrite, backend)
@@ -155,7 +152,7 @@ def hidden_cosine_loss(hidden: Tensor, anchor: Tensor, *, mask: Tensor | None = 
         hidden = hidden.take_along_dim(last[:, None, None], 1)[:, 0]
     elif hidden.ndim == 3:
         hidden = hidden[:, -1]
-    mean = hidden.to(_wide(hidden)).mean(0)
+    mean = hidden.to(wide(hidden)).mean(0)
     return -torch.nn.functional.cosine_similarity(mean, anchor.to(mean.dtype), dim=0)
 
 
@@ -175,10 +172,6 @@ def _scale(counted: Tensor, weight: Tensor | None, reduction: str, dtype: torch.
     return scale / counted.sum().clamp(min=1) if reduction == "mean" else scale
 
 
-def _wide(*tensors: Tensor) -> torch.dtype:
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-
-
 class _FromLogits(torch.autograd.Function):
     """sum_k scale_k loss_k of given logits; the gradient is made in the backward pass."""
 
@@ -186,7 +179,7 @@ class _FromLogits(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, labels: Tensor, reference: Tensor | None, scale: Tensor, overwrite: bool, backend: str
     ) -> Tensor:
-        loss, lse, reference_lse = _token_loss(logits.detach(), labels, reference, backend)
+        loss, lse, reference_lse = token_loss(logits.detach(), labels, reference, backend)
         ctx.save_for_backward(logits, labels, reference, lse, reference_lse, scale)
         ctx.overwrite, ctx.backend = overwrite, backend
         return (scale * loss).sum()
@@ -198,7 +191,7 @@ class _FromLogits(torch.autograd.Function):
         x = logits.detach()  # shares the version, so that logits overwritten once cannot be used again
         out = x if ctx.overwrite else x.new_empty(x.shape)
         read = None if ctx.overwrite else x
-        _token_grad(out, read, labels, reference, lse, reference_lse, scale * grad, ctx.backend)
+        token_grad_(out, read, labels, reference, lse, reference_lse, scale * grad, ctx.backend)
         return out, None, None, None, None, None
 
 
@@ -211,19 +204,19 @@ class _FromHidden(torch.autograd.Function):
         reference_head: Tensor | None, scale: Tensor, backend: str,
     ) -> Tensor:  # fmt: skip
         wants_hidden, wants_head = ctx.needs_input_grad[:2]
-        total = torch.zeros((), dtype=_wide(hidden), device=hidden.device)
+        total = torch.zeros((), dtype=wide(hidden), device=hidden.device)
         grad_hidden = hidden.new_empty(hidden.shape) if wants_hidden else None
         grad_head = torch.zeros_like(lm_head, dtype=total.dtype) if wants_head else None
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _slices(len(hidden), len(lm_head) * hidden.element_size(), CHUNK):
+            for rows in row_slices(len(hidden), len(lm_head) * hidden.element_size(), CHUNK):
                 # Zeroed, as 0 * NaN of a token that does not count would reach the gradient of the head.
                 h = hidden[rows].masked_fill((labels[rows] == IGNORED)[:, None], 0)
                 x = h @ lm_head.mT
                 y = None if reference is None or reference_head is None else reference[rows] @ reference_head.mT
-                loss, lse, reference_lse = _token_loss(x, labels[rows], y, backend)
+                loss, lse, reference_lse = token_loss(x, labels[rows], y, backend)
                 total += (scale[rows] * loss).sum()
                 if wants_hidden or wants_head:
-                    _token_grad(x, None, labels[rows], y, lse, reference_lse, scale[rows], backend)
+                    token_grad_(x, None, labels[rows], y, lse, reference_lse, scale[rows], backend)
                 if grad_hidden is not None:
                     torch.mm(x, lm_head, out=grad_hidden[rows])
                 if grad_head is not None:
@@ -238,12 +231,6 @@ class _FromHidden(torch.autograd.Function):
         return *made, None, None, None, None, None
 
 
-def _slices(rows: int, size: int, limit: int) -> Iterator[slice]:
-    """[0, rows) in equal runs, the last may be shorter, of as many rows of ``size`` as ``limit`` holds."""
-    step = max(1, limit // max(size, 1))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
 # reference ------------------------------------------------------------------------------------------------------------
 
 
@@ -252,7 +239,7 @@ def weighted_cross_entropy_ref(
 ) -> Tensor:
     """The definition of `weighted_cross_entropy`, in plain torch that autograd can follow; holds everything at once."""
     counted = (labels != IGNORED).reshape(-1)
-    scale = _scale(counted, weight, reduction, _wide(logits))
+    scale = _scale(counted, weight, reduction, wide(logits))
     used = scale != 0
     rows = logits.reshape(-1, logits.shape[-1])[used]
     x = rows if lm_head is None else rows @ lm_head.mT
@@ -269,71 +256,9 @@ def kl_to_reference_ref(
     x, y = logits[counted], reference[counted]
     if lm_head is not None:
         x, y = x @ lm_head.mT, y @ (lm_head.detach() if reference_head is None else reference_head).mT
-    p, log_p, log_q = y.to(_wide(x)).softmax(1), y.to(_wide(x)).log_softmax(1), x.to(_wide(x)).log_softmax(1)
+    p, log_p, log_q = y.to(wide(x)).softmax(1), y.to(wide(x)).log_softmax(1), x.to(wide(x)).log_softmax(1)
     total = torch.where(p > 0, p * (log_p - log_q), 0).sum()
     return total / counted.sum().clamp(min=1) if reduction == "mean" else total
-
-
-def token_loss_ref(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: cross entropy of its label, or KL from the reference; `_normaliser` of logits and of reference.
-
-    All are 0 where the label is -100. [rows], [2, rows], and [2, rows] or without a reference [2, 0].
-    """
-    dtype, rows = _wide(logits), len(logits)
-    loss, lse = logits.new_zeros(rows, dtype=dtype), logits.new_zeros(2, rows, dtype=dtype)
-    reference_lse = logits.new_zeros(2, rows if reference is not None else 0, dtype=dtype)
-    for part in _slices(rows, logits.shape[1], WIDENED):
-        x = logits[part].to(dtype)
-        top, spread = _normaliser(lse[:, part], x)
-        if reference is not None:
-            y = reference[part].to(dtype)
-            reference_top, reference_spread = _normaliser(reference_lse[:, part], y)
-            p = ((y - reference_top[:, None]) - reference_spread[:, None]).exp_()
-            cross = torch.where(p > 0, p * (y - x), 0).sum(1)
-            loss[part] = cross + (top - reference_top) + (spread - reference_spread)
-        elif labels is not None:
-            at = labels[part, None]
-            known = (at >= 0) & (at < x.shape[1])
-            picked = x.gather(1, torch.where(known, at, 0)).masked_fill(~known, float("nan"))
-            loss[part] = (top - picked[:, 0]) + spread
-    if labels is not None:
-        for sums in (loss, lse) if reference is None else (loss, lse, reference_lse):
-            sums.masked_fill_(labels == IGNORED, 0)
-    return loss, lse, reference_lse
-
-
-def _normaliser(out: Tensor, x: Tensor) -> Tensor:
-    """Largest logit and log of the sum of exp(x - largest), kept apart: their sum would round the second away."""
-    top = x.amax(1)
-    return out.copy_(torch.stack([top, (x - top[:, None]).exp_().sum(1).log_()]))
-
-
-def token_grad_ref(
-    out: Tensor,
-    logits: Tensor | None,
-    labels: Tensor | None,
-    reference: Tensor | None,
-    lse: Tensor,
-    reference_lse: Tensor,
-    scale: Tensor,
-) -> None:
-    """Write scale (softmax(logits) - target), 0 where the label is -100; without logits they lie in ``out``."""
-    for part in _slices(len(out), out.shape[1], WIDENED):
-        grad = _softmax((out if logits is None else logits)[part], lse[:, part])
-        if reference is not None:
-            grad -= _softmax(reference[part], reference_lse[:, part])
-        elif labels is not None:
-            at = labels[part, None]
-            known = (at >= 0) & (at < out.shape[1])
-            grad.scatter_add_(1, torch.where(known, at, 0), -known.to(grad.dtype))
-        grad *= scale[part, None]
-        if labels is not None:
-            grad.masked_fill_(labels[part, None] == IGNORED, 0)
-        out[part] = grad
-
-
-def _softmax(x: Tensor, lse: Tensor) -> Tensor:
-    return (x.to(lse.dtype) - lse[0, :, None]).sub_(lse[1, :, None]).exp_()
 
 
 # checks ---------------------------------------------------------------------------------------------------------------
@@ -362,69 +287,3 @@ def _check_tokens(op: str, logits: Tensor, **tokens: Tensor | None) -> None:
     check.same_device(op, logits=logits, **tokens)
     if (weight := tokens.get("weight")) is not None:
         check.dtype(op, "weight", weight, WEIGHTS)
-
-
-def _check_rows(logits: Tensor, *_: object) -> None:
-    if logits.ndim != 2:
-        raise ValueError(f"token_loss: logits has shape {list(logits.shape)}; wanted [tokens, vocabulary].")
-
-
-def _refuse(*arguments: object) -> str | None:
-    double = any(isinstance(argument, Tensor) and argument.dtype == torch.float64 for argument in arguments)
-    return "float64 runs on the reference only" if double else None
-
-
-def _fake_token_loss(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    rows, dtype = len(logits), _wide(logits)
-    sizes = ((rows,), (2, rows), (2, rows if reference is not None else 0))
-    loss, lse, reference_lse = (logits.new_empty(size, dtype=dtype) for size in sizes)
-    return loss, lse, reference_lse
-
-
-# native ---------------------------------------------------------------------------------------------------------------
-
-
-def _native_token_loss(logits: Tensor, labels: Tensor | None, reference: Tensor | None) -> tuple[Tensor, ...]:
-    rows, vocab = logits.shape
-    sums = [torch.empty(size) for size in ((rows,), (2, rows), (2, rows if reference is not None else 0))]
-    dense = [None if t is None else t.contiguous() for t in (logits, labels, reference)]
-    codes = (logits.dtype, logits.dtype if reference is None else reference.dtype)
-    launch.native_op("token_loss", logits.device, *sums, *dense, rows, vocab, *codes)
-    return tuple(sums)
-
-
-def _native_token_grad(
-    out: Tensor,
-    logits: Tensor | None,
-    labels: Tensor | None,
-    reference: Tensor | None,
-    lse: Tensor,
-    reference_lse: Tensor,
-    scale: Tensor,
-) -> None:
-    dense = [None if t is None else t.contiguous() for t in (logits, labels, reference, lse, reference_lse, scale)]
-    codes = (out.dtype, out.dtype if reference is None else reference.dtype)
-    launch.native_op("token_grad", out.device, out, *dense, *out.shape, *codes)
-
-
-_token_loss = register(
-    "token_loss(Tensor logits, Tensor? labels, Tensor? reference, str backend) -> (Tensor, Tensor, Tensor)",
-    check=_check_rows,
-    fake=_fake_token_loss,
-    routes=(
-        Route("cpu", _native_token_loss, _refuse),
-        Route("triton", lazily("curvkern.kernels.loss:token_loss"), _refuse),
-        Route("reference", token_loss_ref),
-    ),
-)
-
-_token_grad = register(
-    "token_grad_(Tensor(a!) out, Tensor? logits, Tensor? labels, Tensor? reference, Tensor lse, Tensor reference_lse, "
-    "Tensor scale, str backend) -> ()",
-    check=_check_rows,
-    routes=(
-        Route("cpu", _native_token_grad, _refuse),
-        Route("triton", lazily("curvkern.kernels.loss:token_grad"), _refuse),
-        Route("reference", token_grad_ref),
-    ),
-)

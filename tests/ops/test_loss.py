@@ -12,6 +12,7 @@ from curvkern import (
 )
 from curvkern.bench.cases import CASES
 from curvkern.ops import loss as module
+from curvkern.ops import token_loss as rows
 
 REFERENCES = {"weighted_cross_entropy": weighted_cross_entropy_ref, "kl_to_reference": kl_to_reference_ref}
 NAN = float("nan")
@@ -26,7 +27,7 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Several chunks, with a last one that is shorter, in every test."""
-    monkeypatch.setattr(module, "WIDENED", 80)
+    monkeypatch.setattr(rows, "WIDENED", 80)
     monkeypatch.setattr(module, "CHUNK", 1000)
 
 
@@ -179,7 +180,7 @@ def test_no_wide_copy_of_the_logits(monkeypatch):
                     sizes.append(t.untyped_storage().nbytes())
             return out
 
-    monkeypatch.setattr(module, "WIDENED", 1 << 12)
+    monkeypatch.setattr(rows, "WIDENED", 1 << 12)
     monkeypatch.setattr(module, "CHUNK", 1 << 14)
     tokens, vocab = 256, 512
     labels = torch.randint(vocab, (tokens,))
