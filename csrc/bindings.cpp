@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   CPU(rademacher);
   CPU(hutchinson);
   CPU(hutchinson_tiles);
+  CPU(gnb_diag);
   CPU(token_loss);
   CPU(token_grad);
   CPU(perturb_squares);

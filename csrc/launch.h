@@ -115,6 +115,8 @@ CURVKERN_CPU_LAUNCHER(hutchinson(float* diag, const void* hvp, int64_t n, int64_
 CURVKERN_CPU_LAUNCHER(hutchinson_tiles(float* diag, const void* hvp, int64_t rows, int64_t cols, int64_t tile_rows,
                                        int64_t tile_cols, int64_t seed, int64_t offset, float scale, DType dtype,
                                        int threads))
+// diag[k] += batch * grad[k]^2.
+CURVKERN_CPU_LAUNCHER(gnb_diag(float* diag, const void* grad, int64_t n, float batch, DType dtype, int threads))
 
 // loss -------------------------------------------------------------------------------------------------------------
 // Rows of `vocab` logits. lse[row] = top, the largest; lse[rows + row] = spread, log of the sum of exp(x - top);

@@ -1,4 +1,5 @@
-// rademacher, hutchinson and its tile means on the CPU: signs are made 8192 at a time, in cache, and never stored.
+// rademacher, hutchinson with its tile means, and gnb_diag on the CPU: signs are made 8192 at a time, in cache, and
+// never stored.
 //
 // Wins over torch (2 cores, float32, 16 Mi weights): no random tensor is written and read again.
 #include "philox.h"
@@ -56,6 +57,19 @@ Status hutchinson(float* diag, const void* hvp, int64_t n, int64_t seed, int64_t
                   for (int64_t j = 0; j < count; ++j)
                     to[j] = add(to[j], mul(scale, signed_by(word, j, to_float(from[j]))));
                 });
+    });
+  });
+}
+
+Status gnb_diag(float* diag, const void* grad, int64_t n, float batch, DType dtype, int threads) {
+  return with_dtype(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    parallel_for(n, kGrain, threads, [&](int64_t begin, int64_t end) {
+      const T* from = static_cast<const T*>(grad);
+      for (int64_t i = begin; i < end; ++i) {
+        const float g = to_float(from[i]);
+        diag[i] = add(diag[i], mul(batch, mul(g, g)));
+      }
     });
   });
 }

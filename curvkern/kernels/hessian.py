@@ -1,4 +1,4 @@
-"""rademacher_ and hutchinson_ in Triton: signs are made where they are used, 128 from one Philox call.
+"""rademacher_, hutchinson_ and gnb_diag_ in Triton: signs are made where they are used, 128 from one Philox call.
 
 Positions count from the last multiple of 128 before the offset, so that a program's signs are whole Philox calls.
 """
@@ -62,6 +62,14 @@ def tiles_kernel(
     tl.store(diag_ptr + tile, tl.load(diag_ptr + tile) + scale * mean)
 
 
+@triton.jit
+def gnb_diag_kernel(diag_ptr, grad_ptr, n, batch, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    grad = tl.load(grad_ptr + at, mask=at < n, other=0.0).to(tl.float32)
+    diag = tl.load(diag_ptr + at, mask=at < n, other=0.0)
+    tl.store(diag_ptr + at, diag + batch * (grad * grad), mask=at < n)
+
+
 def rademacher(out: Tensor, seed: int, offset: int) -> None:
     """`curvkern.rademacher_`; out is contiguous."""
     n = out.numel()
@@ -88,6 +96,16 @@ def hutchinson(diag: Tensor, hvp: Tensor, seed: int, offset: int, scale: float, 
         )  # fmt: skip
 
 
+def gnb_diag(diag: Tensor, grad: Tensor, batch: int) -> None:
+    """`curvkern.gnb_diag_`; diag is contiguous."""
+    n = grad.numel()
+    if n:
+        with torch.cuda.device_of(diag):
+            gnb_diag_kernel[(triton.cdiv(n, BLOCK),)](
+                diag, grad.contiguous(), n, float(batch), BLOCK, num_warps=8, enable_fp_fusion=False
+            )
+
+
 _STREAM = {"seed": "i64", "offset": "i64"}
 _SIDES = dict.fromkeys(("rows", "cols", "tile_rows", "tile_cols", "across"), "i64")
 
@@ -96,6 +114,12 @@ AHEAD_OF_TIME = [
     Ahead(
         hutchinson_kernel,
         {"diag_ptr": "*fp32", "hvp_ptr": "*bf16", "n": "i64", "scale": "fp32", **_STREAM},
+        {"BLOCK": BLOCK},
+        {"num_warps": 8, "enable_fp_fusion": False},
+    ),
+    Ahead(
+        gnb_diag_kernel,
+        {"diag_ptr": "*fp32", "grad_ptr": "*bf16", "n": "i64", "batch": "fp32"},
         {"BLOCK": BLOCK},
         {"num_warps": 8, "enable_fp_fusion": False},
     ),

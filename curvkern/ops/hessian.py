@@ -90,10 +90,10 @@ def gnb_diag_(diag: Tensor, grad: Tensor, batch: int, *, backend: str = "auto") 
         diag: float32 (reference: float64 too), like ``grad``; edited.
         grad: g; float32, float16, bfloat16 (reference: float64 too).
         batch: B, how many terms the mean has: for a language model its tokens.
-        backend: see `use`; one fused pass of torch's own.
+        backend: see `use`.
 
     Returns:
-        ``diag``. Deterministic.
+        ``diag``, in float32 without fused multiply-adds. Deterministic.
 
     Raises:
         TypeError, ValueError: arguments that do not fit.
@@ -129,7 +129,7 @@ def hutchinson_ref(
 
 def gnb_diag_ref(diag: Tensor, grad: Tensor, batch: int) -> None:
     """The definition of `gnb_diag_`, in plain torch."""
-    diag.addcmul_(grad.to(diag.dtype), grad.to(diag.dtype), value=batch)
+    diag += batch * grad.to(diag.dtype).square()
 
 
 def _tile_sums(x: Tensor, rows: int, cols: int) -> Tensor:
@@ -196,6 +196,10 @@ def _native_hutchinson(
         launch.native_op("hutchinson_tiles", diag.device, diag, hvp, *hvp.shape, tile_rows, tile_cols, *how)
 
 
+def _native_gnb_diag(diag: Tensor, grad: Tensor, batch: int) -> None:
+    launch.native_op("gnb_diag", diag.device, diag, grad.contiguous(), grad.numel(), float(batch), grad.dtype)
+
+
 _rademacher = register(
     "rademacher_(Tensor(a!) out, int seed, int offset, str backend) -> ()",
     check=_check_rademacher,
@@ -220,5 +224,9 @@ _hutchinson = register(
 _gnb_diag = register(
     "gnb_diag_(Tensor(a!) diag, Tensor grad, int batch, str backend) -> ()",
     check=_check_gnb_diag,
-    routes=(Route("reference", gnb_diag_ref),),
+    routes=(
+        Route("cpu", _native_gnb_diag, _refuse),
+        Route("triton", lazily("curvkern.kernels.hessian:gnb_diag"), _refuse),
+        Route("reference", gnb_diag_ref),
+    ),
 )
