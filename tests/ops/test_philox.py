@@ -1,6 +1,5 @@
 """Philox words, signs and normal numbers: the published vectors, and the same bits in every language."""
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,20 +13,28 @@ triton = pytest.importorskip("triton")
 tl = triton.language
 from curvkern.kernels.philox import normal_numbers, philox_words, sign_bits  # noqa: E402
 
+ROOT = Path(__file__).parents[2]
+
 # Random123's known answers for philox4x32-10: every bit of counter and key clear, and every bit set.
 CLEAR = [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
 SET = [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
 STREAMS = [(0, 0), (5, 7), (-1, 2**40 + 3), (2**40 + 9, 2**32 - 8)]
 
 RULES = """
-#include "%s"
+#include "csrc/cpu/philox.h"
 extern "C" int printf(const char*, ...);
 int main() {
   using namespace curvkern;
   const Philox clear = philox4x32_10(0, 0), set = philox_rounds({{~0u, ~0u, ~0u, ~0u}}, ~0u, ~0u);
-  for (const Philox& p : {clear, set}) printf("%%08x %%08x %%08x %%08x\\n", p.v[0], p.v[1], p.v[2], p.v[3]);
+  for (int k = 0; k < 4; ++k) printf("%08x ", clear.v[k]);
+  for (int k = 0; k < 4; ++k) printf("%08x ", set.v[k]);
+  alignas(64) uint32_t words[4][kIndices];
+  philox_words(words, (uint64_t(1) << 32) - 8, kIndices, (uint64_t(3) << 40) + 9);
+  for (int j = 0; j < kIndices; ++j)
+    for (int k = 0; k < 4; ++k) printf("%08x ", words[k][j]);
 }
 """
+INSTRUCTIONS = {"generic": ("", ()), "avx2": ("avx2", ["-mavx2"]), "avx512": ("avx512f", ["-mavx512f", "-mavx2"])}
 
 
 @triton.jit
@@ -50,13 +57,17 @@ def test_published_vectors():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_published_vectors_from_the_element_rules(tmp_path):
-    rules = Path(__file__).parents[2] / "csrc/rules.h"
-    source = "#include <initializer_list>" + RULES % rules
-    compile_ = ["g++", "-std=c++20", "-x", "c++", "-", "-o", str(tmp_path / "words")]
-    subprocess.run(compile_, input=source, text=True, check=True)
+@pytest.mark.parametrize("isa", INSTRUCTIONS)
+def test_published_vectors_in_every_instruction_set(isa, tmp_path):
+    flag, options = INSTRUCTIONS[isa]
+    processor = Path("/proc/cpuinfo")
+    if flag and not (processor.is_file() and f" {flag} " in processor.read_text()):
+        pytest.skip(f"this processor has no {flag}")
+    compile_ = ["g++", "-std=c++20", "-O1", *options, f"-I{ROOT}", "-x", "c++", "-", "-o", str(tmp_path / "words")]
+    subprocess.run(compile_, input=RULES, text=True, check=True)
     out = subprocess.run([tmp_path / "words"], capture_output=True, text=True, check=True).stdout
-    assert [int(word, 16) for word in re.findall(r"\w+", out)] == CLEAR + SET
+    wide = philox_ref((3 << 40) + 9, 256, 4 * (2**32 - 8))
+    assert [int(word, 16) for word in out.split()] == CLEAR + SET + wide.tolist()
 
 
 @pytest.mark.parametrize("seed, first", STREAMS)
