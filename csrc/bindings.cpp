@@ -111,4 +111,12 @@ PYBIND11_MODULE(_C, m) {
   CPU(select_blocks);
   CPU(fisher);
   CPU(obs);
+  CPU(rademacher);
+  CPU(hutchinson);
+  CPU(hutchinson_tiles);
+  CPU(gnb_diag);
+  CPU(token_loss);
+  CPU(token_grad);
+  CPU(perturb_squares);
+  CPU(perturb);
 }

@@ -111,6 +111,42 @@ CURVKERN_CPU_LAUNCHER(fisher(float* fisher, float* partial, float* weight_grad, 
 CURVKERN_CPU_LAUNCHER(obs(float* panel, float* errors, const uint8_t* mask, const float* target, const float* triangle,
                           int64_t rows, int64_t width, int64_t stride, int threads))
 
+// hessian ----------------------------------------------------------------------------------------------------------
+// Sign e of a stream, -1 where the bit is set, is bit e % 32 of word e / 32; word w is word w % 4 of Philox index w
+// / 4. out[k] = sign offset + k.
+CURVKERN_CPU_LAUNCHER(rademacher(void* out, int64_t n, int64_t seed, int64_t offset, DType dtype, int threads))
+// diag[k] += scale * sign(offset + k) * hvp[k].
+CURVKERN_CPU_LAUNCHER(hutchinson(float* diag, const void* hvp, int64_t n, int64_t seed, int64_t offset, float scale,
+                                 DType dtype, int threads))
+// diag[tile] += scale * the mean over the tile of sign * hvp; a tile at the border is smaller.
+CURVKERN_CPU_LAUNCHER(hutchinson_tiles(float* diag, const void* hvp, int64_t rows, int64_t cols, int64_t tile_rows,
+                                       int64_t tile_cols, int64_t seed, int64_t offset, float scale, DType dtype,
+                                       int threads))
+// diag[k] += batch * grad[k]^2.
+CURVKERN_CPU_LAUNCHER(gnb_diag(float* diag, const void* grad, int64_t n, float batch, DType dtype, int threads))
+
+// loss -------------------------------------------------------------------------------------------------------------
+// Rows of `vocab` logits. lse[row] = top, the largest; lse[rows + row] = spread, log of the sum of exp(x - top);
+// reference_lse the same of the reference. loss[row] = top + spread - x[label], or with a reference the divergence of
+// the logits' softmax from its own. All 0 where the label is -100. labels, reference and reference_lse may be null.
+CURVKERN_CPU_LAUNCHER(token_loss(float* loss, float* lse, float* reference_lse, const void* logits,
+                                 const int64_t* labels, const void* reference, int64_t rows, int64_t vocab, DType dtype,
+                                 DType reference_dtype, int threads))
+// out = scale[row] * (softmax(logits) - target), the target one at the label or softmax(reference); 0 where the label
+// is -100. logits null: they lie in out.
+CURVKERN_CPU_LAUNCHER(token_grad(void* out, const void* logits, const int64_t* labels, const void* reference,
+                                 const float* lse, const float* reference_lse, const float* scale, int64_t rows,
+                                 int64_t vocab, DType dtype, DType reference_dtype, int threads))
+
+// perturb ----------------------------------------------------------------------------------------------------------
+// Normal number e of a stream is number e % 4 of the two pairs that words (0, 1) and (2, 3) of Philox index e / 4 give.
+// squares[s], squares[segments + s] = sum of original[k]^2, of normal(offset + k)^2 over the segment k / segment == s.
+CURVKERN_CPU_LAUNCHER(perturb_squares(double* squares, const void* original, int64_t n, int64_t segment, int64_t seed,
+                                      int64_t offset, DType dtype, int threads))
+// weight[k] = original[k] + scale[k / segment] * normal(offset + k), one rounding; weight may be original.
+CURVKERN_CPU_LAUNCHER(perturb(void* weight, const void* original, const float* scale, int64_t n, int64_t segment,
+                              int64_t seed, int64_t offset, DType dtype, int threads))
+
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
                 const int64_t* tie_offsets, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,

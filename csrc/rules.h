@@ -20,12 +20,14 @@ namespace curvkern {
 #ifdef __CUDA_ARCH__
 CURVKERN_RULE float mul(float a, float b) { return __fmul_rn(a, b); }
 CURVKERN_RULE float add(float a, float b) { return __fadd_rn(a, b); }
+CURVKERN_RULE float square_root(float x) { return __fsqrt_rn(x); }
 CURVKERN_RULE uint32_t bits_of(float x) { return __float_as_uint(x); }
 CURVKERN_RULE float float_of(uint32_t x) { return __uint_as_float(x); }
 #else
 // Host files are compiled with -ffp-contract=off.
 CURVKERN_RULE float mul(float a, float b) { return a * b; }
 CURVKERN_RULE float add(float a, float b) { return a + b; }
+CURVKERN_RULE float square_root(float x) { return __builtin_sqrtf(x); }
 CURVKERN_RULE uint32_t bits_of(float x) {
   uint32_t u;
   __builtin_memcpy(&u, &x, 4);
@@ -75,6 +77,63 @@ CURVKERN_RULE float blended(float weight, float target, float alpha) {
   if (!(alpha > 0.0f)) return weight;
   if (alpha >= 1.0f) return target;
   return add(weight, mul(alpha, add(target, -weight)));
+}
+
+// Philox 4x32-10 (Salmon et al., SC 2011): four random words from a counter and a key, the same on every backend.
+struct Philox {
+  uint32_t v[4];
+};
+
+CURVKERN_RULE Philox philox_rounds(Philox counter, uint32_t key_lo, uint32_t key_hi) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t a = static_cast<uint64_t>(counter.v[0]) * 0xD2511F53u;
+    const uint64_t b = static_cast<uint64_t>(counter.v[2]) * 0xCD9E8D57u;
+    counter = {{static_cast<uint32_t>(b >> 32) ^ counter.v[1] ^ key_lo, static_cast<uint32_t>(b),
+                static_cast<uint32_t>(a >> 32) ^ counter.v[3] ^ key_hi, static_cast<uint32_t>(a)}};
+    key_lo += 0x9E3779B9u;
+    key_hi += 0xBB67AE85u;
+  }
+  return counter;
+}
+
+// Element e of a stream takes word e % 4 of index e / 4.
+CURVKERN_RULE Philox philox4x32_10(uint64_t index, uint64_t seed) {
+  return philox_rounds({{static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), 0u, 0u}},
+                       static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
+// Two independent standard normal numbers from two words (Box-Muller), within 2e-7 of the exact map. Sums and products
+// only, no library's log, sin and cos: the same bits on every backend. |z| < 6.7.
+struct Normals {
+  float a, b;
+};
+
+CURVKERN_RULE Normals normals(uint32_t radius, uint32_t angle) {
+  // -2 log u for u in (0, 1], as u = 2^k (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
+  const float u = add(mul(static_cast<float>(static_cast<int32_t>(radius >> 1)), 0x1p-31f), 0x1p-32f);
+  const int32_t k = static_cast<int32_t>(bits_of(u) - 0x3f3504f3u) >> 23;
+  const float f = add(float_of(bits_of(u) - (static_cast<uint32_t>(k) << 23)), -1.0f);
+  float p = 0.08700430393218994f;
+  p = add(mul(p, f), -0.14267486333847046f);
+  p = add(mul(p, f), 0.14914768934249878f);
+  p = add(mul(p, f), -0.1657758504152298f);
+  p = add(mul(p, f), 0.19963063299655914f);
+  p = add(mul(p, f), -0.2500133812427521f);
+  p = add(mul(p, f), 0.3333390951156616f);
+  p = add(f, mul(mul(f, f), add(mul(p, f), -0.5f)));
+  const float r = square_root(add(mul(p, -2.0f), mul(static_cast<float>(k), -1.3862943611198906f)));
+  // The angle is a full turn in 2^32: a quadrant and t in [-1/2, 1/2) quarter turns around its middle.
+  const uint32_t quadrant = (angle + 0x20000000u) >> 30;
+  const float t = mul(static_cast<float>(static_cast<int32_t>(angle - (quadrant << 30))), 0x1p-30f);
+  const float s = mul(t, t);
+  float sine = add(mul(s, -0.0046021766029298306f), 0.07968022674322128f);
+  sine = mul(t, add(mul(s, add(mul(s, sine), -0.6459634900093079f)), 1.5707963705062866f));
+  float cosine = add(mul(s, -0.020426250994205475f), 0.2536063492298126f);
+  cosine = add(mul(s, add(mul(s, cosine), -1.2336980104446411f)), 1.0f);
+  const bool odd = quadrant & 1u;
+  const uint32_t x = bits_of(odd ? sine : cosine) ^ (((quadrant + 1u) & 2u) << 30);
+  const uint32_t y = bits_of(odd ? cosine : sine) ^ ((quadrant & 2u) << 30);
+  return {mul(r, float_of(x)), mul(r, float_of(y))};
 }
 
 }  // namespace curvkern

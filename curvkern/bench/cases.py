@@ -309,10 +309,101 @@ def _obs() -> list[Case]:
     return [*cases, case(*LAYERS["Llama-2-7B q"], "m", "Llama-2-7B q")]
 
 
+def _hessian() -> list[Case]:
+    """Sizes at the borders of a word (32), a Philox call (128), a program (4096) and a batch (8192); Llama's layers."""
+
+    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size, **options: Any) -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            read = random(*shape, dtype=dtype, device=device, seed=1)
+            tile = options.get("block") or (1, 1)
+            sums = [-(-side // by) for side, by in zip(shape, tile, strict=False)]
+            diag = random(*sums, device=device, seed=2)
+            return {
+                "rademacher_": ((read,), {"seed": 7, **options}),
+                "hutchinson_": ((diag, read), {"seed": 7, "scale": 0.5, **options}),
+                "gnb_diag_": ((diag, read, 64), {}),
+            }[function]
+
+        # What is read and written, once: signs cost nothing. Of tiles only the product is read.
+        widths = {"rademacher_": dtype.itemsize, "hutchinson_": 8 + dtype.itemsize, "gnb_diag_": 8 + dtype.itemsize}
+        moved = n * (dtype.itemsize if "block" in options else widths[function])
+        tile = "x".join(map(str, options["block"])) if "block" in options else ""
+        label = " ".join(filter(None, ["x".join(map(str, shape)), tile]))
+        return Case("hessian", function, label, dtype, size, make, bytes=moved)
+
+    edges = [(0,), (1,), (31,), (33,), (127,), (129,), (4097,), (8193,), (33, 65)]
+    tiles = [((0, 5), (2, 2)), ((1, 1), (4, 4)), ((5, 131), (2, 32)), ((7, 300), (3, 127)), ((20, 129), (64, 1000))]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases: list[Case] = []
+    for function in ("rademacher_", "hutchinson_", "gnb_diag_"):
+        cases += [case(function, shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+        cases += [case(function, shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
+    cases += [case("hutchinson_", shape, dtype, "edge", block=tile) for shape, tile in tiles for dtype in FLOATS]
+    return cases + [
+        case("hutchinson_", shape, dtype, size, block=(128, 128)) for shape, size in measured for dtype in FLOATS[::2]
+    ]
+
+
+def _loss() -> list[Case]:
+    """Sizes at the borders of a program's step (4096) and of a chunk (2^19 logits); vocabularies of Llama 2 and 3."""
+
+    def case(function: str, tokens: int, vocab: int, dtype: torch.dtype, size: Size, hidden: int = 0) -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            head = {"lm_head": random(vocab, hidden, dtype=dtype, device=device, seed=3)} if hidden else {}
+            x, y = (random(tokens, hidden or vocab, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+            counted = torch.arange(tokens, device=device) % 5 != 3
+            if function == "kl_to_reference":
+                return (x, y, counted), head
+            labels = torch.where(counted, torch.arange(tokens, device=device) * 37 % vocab, -100)
+            return (x, labels, random(tokens, device=device, seed=4)), head
+
+        read = 2 if function == "kl_to_reference" else 1
+        moved = read * tokens * (hidden or vocab) * dtype.itemsize + vocab * hidden * dtype.itemsize
+        label = f"{tokens}x{vocab}" + (f" d{hidden}" if hidden else "")
+        flops = read * 2 * tokens * vocab * hidden
+        return Case("loss", function, label, dtype, size, make, bytes=moved, flops=flops)
+
+    edges = [(0, 5, 0), (1, 1, 0), (7, 33, 0), (3, 4097, 0), (0, 5, 4), (6, 70, 9)]
+    measured: list[tuple[int, int, int, Size]] = [
+        (512, 32000, 0, "s"), (2048, 32000, 0, "m"), (8192, 128256, 0, "l"), (512, 32000, 1024, "s"),
+    ]  # fmt: skip
+    cases: list[Case] = []
+    for function in ("weighted_cross_entropy", "kl_to_reference"):
+        cases += [case(function, t, v, dtype, "edge", d) for t, v, d in edges for dtype in FLOATS]
+        cases += [case(function, t, v, dtype, size, d) for t, v, d, size in measured for dtype in FLOATS[::2]]
+    return cases
+
+
+def _perturb() -> list[Case]:
+    """Sizes at the borders of a Philox call (4), a batch (256), a program (1024), a segment (65536); Llama's layers."""
+
+    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size, norm: str = "tensor") -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            weight, original = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+            return (weight, original, 0.3), {"seed": 7, "norm": norm}
+
+        # The original twice, first for its norm; the weight once.
+        label = " ".join(["x".join(map(str, shape)), norm])
+        return Case("perturb", "perturb_", label, dtype, size, make, bytes=3 * n * dtype.itemsize)
+
+    edges = [(0,), (1,), (3,), (5,), (255,), (257,), (1025,), (33, 65)]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases = [case(shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+    cases += [case(shape, dtype, "edge", "filter") for shape in [(0, 3), (3, 0), (7, 131)] for dtype in FLOATS]
+    return cases + [case(shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
+
+
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
     "gram": _gram(),
     "obs": _obs(),
+    "hessian": _hessian(),
+    "loss": _loss(),
+    "perturb": _perturb(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),

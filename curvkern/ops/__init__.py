@@ -16,7 +16,24 @@ from curvkern.ops.gram import (
     gram_ref,
     inverse_factor,
 )
+from curvkern.ops.hessian import (
+    gnb_diag_,
+    gnb_diag_ref,
+    hutchinson_,
+    hutchinson_ref,
+    rademacher_,
+    rademacher_ref,
+)
+from curvkern.ops.loss import (
+    hidden_cosine_loss,
+    kl_to_reference,
+    kl_to_reference_ref,
+    weighted_cross_entropy,
+    weighted_cross_entropy_ref,
+)
 from curvkern.ops.obs import obs_sweep_, obs_sweep_ref
+from curvkern.ops.perturb import BallUndo, ball_perturb_, perturb_, perturb_ref
+from curvkern.ops.philox import normals_ref, philox_ref, signs_ref
 from curvkern.ops.rollback import blend_, blend_ref, rollback_, rollback_ref, undo_
 from curvkern.ops.sample_products import sample_dots, sample_dots_ref, sample_norms, sample_norms_ref
 from curvkern.ops.score import gate_ref, pack_mask, score_key_ref, score_of_key, score_ref, unpack_mask
@@ -35,6 +52,7 @@ from curvkern.ops.subspace import (
 
 __all__ = [
     "AlignmentScores",
+    "BallUndo",
     "FactorReport",
     "Selector",
     "Threshold",
@@ -44,6 +62,7 @@ __all__ = [
     "alignment_penalty_ref",
     "alignment_scores",
     "alignment_scores_ref",
+    "ball_perturb_",
     "blend_",
     "blend_ref",
     "block_select",
@@ -56,14 +75,27 @@ __all__ = [
     "fisher_diag_",
     "fisher_diag_ref",
     "gate_ref",
+    "gnb_diag_",
+    "gnb_diag_ref",
     "gram_",
     "gram_ref",
+    "hidden_cosine_loss",
+    "hutchinson_",
+    "hutchinson_ref",
     "inverse_factor",
+    "kl_to_reference",
+    "kl_to_reference_ref",
+    "normals_ref",
     "obs_sweep_",
     "obs_sweep_ref",
     "pack_mask",
+    "perturb_",
+    "perturb_ref",
+    "philox_ref",
     "project_",
     "project_ref",
+    "rademacher_",
+    "rademacher_ref",
     "rollback_",
     "rollback_ref",
     "sample_dots",
@@ -75,8 +107,11 @@ __all__ = [
     "score_key_ref",
     "score_of_key",
     "score_ref",
+    "signs_ref",
     "subspace_basis",
     "subspace_basis_ref",
     "undo_",
     "unpack_mask",
+    "weighted_cross_entropy",
+    "weighted_cross_entropy_ref",
 ]
