@@ -77,4 +77,34 @@ CURVKERN_RULE float blended(float weight, float target, float alpha) {
   return add(weight, mul(alpha, add(target, -weight)));
 }
 
+// Philox 4x32-10 (Salmon et al., SC 2011): counter {lo(index), hi(index), 0, 0}, key {lo(seed), hi(seed)}. Element e of
+// a tensor has word e % 4 of index e / 4.
+struct Philox {
+  uint32_t v[4];
+};
+
+CURVKERN_RULE Philox philox4x32_10(uint64_t index, uint64_t seed) {
+  uint32_t c0 = static_cast<uint32_t>(index), c1 = static_cast<uint32_t>(index >> 32), c2 = 0, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(0xd2511f53u) * c0, p1 = static_cast<uint64_t>(0xcd9e8d57u) * c2;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9e3779b9u;
+    k1 += 0xbb67ae85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// One tensor's share of a sum. Weight 0 leaves the tensor out, whatever it holds; -0 is what no sum notices.
+CURVKERN_RULE float weighted(float weight, float x) { return weight == 0.0f ? -0.0f : mul(weight, x); }
+
+// TIES: a delta survives the trimming if its magnitude reaches the limit; NaN never does.
+CURVKERN_RULE float trimmed(float delta, float limit) { return absolute(delta) >= limit ? delta : 0.0f; }
+
+// TIES: a share counts if it has the elected sign, that of the sum of all; a sum of zero elects +.
+CURVKERN_RULE bool agrees(float elected, float share) { return elected >= 0.0f ? share > 0.0f : share < 0.0f; }
+
 }  // namespace curvkern

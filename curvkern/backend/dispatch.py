@@ -191,8 +191,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     try:
         with contextlib.ExitStack() as kept:
             for argument in (*args, *kwargs.values()):
-                if isinstance(argument, Tensor) and not argument.is_inference():
-                    kept.enter_context(_same_version(argument))
+                for each in argument if isinstance(argument, (list, tuple)) else (argument,):  # pyright: ignore[reportUnknownVariableType]
+                    if isinstance(each, Tensor) and not each.is_inference():
+                        kept.enter_context(_same_version(each))
             op(*args, **kwargs)
     except _Explained as explained:
         return explained.choices

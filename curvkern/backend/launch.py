@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 1
+ABI = 2
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 RULE_CODES = {"grad": 0, "taylor": 1, "fisher": 2, "delta": 3, "gain": 4}

@@ -23,6 +23,16 @@ _library = torch.library.Library("curvkern", "FRAGMENT")
 _below = torch._C._after_ADInplaceOrView_keyset  # pyright: ignore[reportPrivateUsage]
 
 
+def _device(args: Sequence[Any]) -> torch.device:
+    """Where the first tensor is, alone or in a list; the CPU if there is none."""
+    for a in args:
+        if isinstance(a, Tensor):
+            return a.device
+        if isinstance(a, (list, tuple)) and a and isinstance(a[0], Tensor):
+            return a[0].device
+    return torch.device("cpu")
+
+
 def register(
     schema: str,
     *,
@@ -45,7 +55,7 @@ def register(
 
     def real(*args: Any) -> Any:
         check(*args[:-1])
-        device = next(a.device for a in args if isinstance(a, Tensor))
+        device = _device(args)
         if not torch.is_autocast_enabled(device.type):
             return dispatch.run(name, routes, args[-1], args[:-1], device)
         with torch.autocast(device.type, enabled=False):
