@@ -168,9 +168,87 @@ def _fisher() -> list[Case]:
     ]
 
 
+def _mix() -> list[Case]:
+    """Sizes at the borders of a block (256 on the CPU, 2048 in Triton); a base and two fine-tuned tensors near it."""
+
+    def case(function: str, shape: tuple[int, ...], dtype: torch.dtype, size: Size) -> Case:
+        n = torch.Size(shape).numel()
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            base = random(*shape, dtype=dtype, device=device, seed=1)
+            moved = [random(*shape, device=device, seed=seed) for seed in (2, 3)]
+            first, second = ((base.float() + 0.1 * m).to(dtype) for m in moved)
+            return {
+                "linear": ([base, first, second], [0.2, 0.3, 0.5]),
+                "axpby_": (base, 0.75, first, 0.5),
+                "slerp": (base, moved[0].to(dtype), 0.3),
+                "ties": (base, [first, second], 0.2, [1.0, 0.5]),
+                "dare": (base, first, 0.5, 7),
+                "model_stock": (base, [first, second]),
+            }[function], {}
+
+        # How often a tensor is read or written: once, twice where a sum or a threshold comes first.
+        passes = {"linear": 4, "axpby_": 3, "slerp": 5, "ties": 7, "dare": 3, "model_stock": 7}[function]
+        label = "x".join(map(str, shape))
+        return Case("mix", function, label, dtype, size, make, bytes=passes * n * dtype.itemsize)
+
+    functions = ("linear", "axpby_", "slerp", "ties", "dare", "model_stock")
+    edges = [(0,), (1,), (255,), (257,), (2049,), (33, 65)]
+    measured: list[tuple[tuple[int, ...], Size]] = [((1024, 1024), "s"), ((4096, 4096), "m"), ((11008, 4096), "l")]
+    cases = [case(function, shape, dtype, "edge") for function in functions for shape in edges for dtype in FLOATS]
+    for function in functions:
+        cases += [case(function, shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
+    return cases
+
+
+def _vectors() -> list[Case]:
+    """Lists with empty tensors, single elements and ends of a block and a chunk; a layer's and a model's parameters."""
+
+    def case(function: str, label: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, size: Size) -> Case:
+        n = sum(torch.Size(shape).numel() for shape in shapes)
+
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            xs = [random(*shape, dtype=dtype, device=device, seed=k) for k, shape in enumerate(shapes)]
+            wide = [random(*shape, device=device, seed=1000 + k) for k, shape in enumerate(shapes)]
+            ys = [y.to(dtype) for y in wide]
+            return {
+                "dot_list": (xs, ys),
+                "norm_list": (xs,),
+                "axpby_list_": (ys, 0.75, xs, 0.5),
+                "lerp_list_": (wide, xs, 0.005),
+                "surgery_list_": (ys, xs),
+            }[function], {}
+
+        moved = {"dot_list": 2, "norm_list": 1, "axpby_list_": 3, "lerp_list_": 1, "surgery_list_": 5}[function]
+        shadow = 8 if function == "lerp_list_" else 0
+        return Case("vectors", function, label, dtype, size, make, bytes=n * (moved * dtype.itemsize + shadow))
+
+    functions = ("dot_list", "norm_list", "axpby_list_", "lerp_list_", "surgery_list_")
+    edges: dict[str, list[tuple[int, ...]]] = {
+        "one": [(1,)],
+        "empty": [(0,), (0, 3)],
+        "ragged": [(3,), (0,), (257,), (33, 65), (), (2, 3, 5), (0,)],
+        "chunks": [(16384,), (16385,), (8191,)],
+    }
+    layer: list[tuple[int, ...]] = [(2048, 2048)] * 2 + [(512, 2048)] * 2 + [(2048,)] * 2
+    measured: dict[Size, tuple[str, list[tuple[int, ...]]]] = {
+        "s": ("300 of 64x64", [(64, 64)] * 300),
+        "m": ("a layer", layer),
+        "l": ("8 layers", layer * 8),
+    }
+    cases = [
+        case(f, label, shapes, dtype, "edge") for f in functions for label, shapes in edges.items() for dtype in FLOATS
+    ]
+    for function in functions:
+        cases += [case(function, *measured[size], dtype, size) for size in measured for dtype in FLOATS[::2]]
+    return cases
+
+
 CASES: dict[str, list[Case]] = {
     "fisher": _fisher(),
+    "mix": _mix(),
     "rollback": _rollback(),
     "select": _select(),
     "subspace": _subspace(),
+    "vectors": _vectors(),
 }

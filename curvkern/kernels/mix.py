@@ -116,7 +116,7 @@ def ties_kernel(
         divisor += tl.where(agrees, weight, 0.0)
     if NORMALIZE:
         mixed = tl.div_rn(mixed, tl.where(divisor == 0.0, 1.0, divisor))
-    merged = base + scale.to(tl.float32) * mixed
+    merged = base + scale * mixed
     tl.store(out_ptr + offs, merged.to(out_ptr.dtype.element_ty), mask=inside)
 
 

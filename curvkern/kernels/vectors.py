@@ -1,11 +1,13 @@
-"""Lists of tensors in Triton: one launch for all, by a table of addresses on the device.
+"""Lists of tensors in Triton: one launch for all tensors of a pair of dtypes, by a table of addresses on the device.
 
-A row of the table: address of x, address of y, elements, dtype codes of x and y, chunks before it; behind the rows
-stands, for each chunk, whose it is.
+A row of the table: address of x, address of y, elements, chunks before it; behind the rows stands, for each chunk,
+whose it is.
 """
 
 # pyright: basic, reportCallIssue=false
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -16,173 +18,201 @@ from curvkern.kernels import Ahead
 from curvkern.kernels.mix import weighted
 
 BLOCK = 2048
-ROW = 6
+CHUNK = 4 * BLOCK  # what one program does
+DTYPES = (tl.float32, tl.float16, tl.bfloat16)
 
 
 @triton.jit
-def load(address, code, offs, inside, ALIGNED: tl.constexpr):
-    """float32 values of a tensor of which the address and the dtype code are known."""
-    if code == 0:
-        p32 = address.to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            p32 = tl.multiple_of(p32, 16)
-        x = tl.load(p32 + offs, mask=inside, other=0.0)
-    elif code == 1:
-        p16 = address.to(tl.pointer_type(tl.float16))
-        if ALIGNED:
-            p16 = tl.multiple_of(p16, 16)
-        x = tl.load(p16 + offs, mask=inside, other=0.0).to(tl.float32)
-    else:
-        pb = address.to(tl.pointer_type(tl.bfloat16))
-        if ALIGNED:
-            pb = tl.multiple_of(pb, 16)
-        x = tl.load(pb + offs, mask=inside, other=0.0).to(tl.float32)
-    return x
+def chunk_of(table_ptr, tensors, CHUNK: tl.constexpr):
+    """This program's part of the list: the addresses, the elements of the tensor, the first of the chunk."""
+    chunk = tl.program_id(0).to(tl.int64)
+    row = table_ptr + tl.load(table_ptr + tensors * 4 + chunk) * 4
+    return tl.load(row), tl.load(row + 1), tl.load(row + 2), (chunk - tl.load(row + 3)) * CHUNK
 
 
 @triton.jit
-def store(address, code, offs, x, inside, ALIGNED: tl.constexpr):
-    """Round float32 values to a tensor of which the address and the dtype code are known."""
-    if code == 0:
-        p32 = address.to(tl.pointer_type(tl.float32))
-        if ALIGNED:
-            p32 = tl.multiple_of(p32, 16)
-        tl.store(p32 + offs, x, mask=inside)
-    elif code == 1:
-        p16 = address.to(tl.pointer_type(tl.float16))
-        if ALIGNED:
-            p16 = tl.multiple_of(p16, 16)
-        tl.store(p16 + offs, x.to(tl.float16), mask=inside)
+def places(address, offs, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where the elements are. The hint stands on the sum: on the address alone it would be lost."""
+    at = address.to(tl.pointer_type(TYPE)) + offs
+    if ALIGNED:
+        at = tl.multiple_of(at, 16)
+    return at
+
+
+@triton.jit
+def values(at, offs, n, FULL: tl.constexpr):
+    """float32; without a mask where the chunk is full, for a mask that ends anywhere forbids wide loads."""
+    if FULL:
+        return tl.load(at).to(tl.float32)
     else:
-        pb = address.to(tl.pointer_type(tl.bfloat16))
-        if ALIGNED:
-            pb = tl.multiple_of(pb, 16)
-        tl.store(pb + offs, x.to(tl.bfloat16), mask=inside)
+        return tl.load(at, mask=offs < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sums_of(
+    x_at, y_at, n, first, X: tl.constexpr, Y: tl.constexpr, TWO: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    xy = tl.zeros((BLOCK,), tl.float32)
+    xx = tl.zeros((BLOCK,), tl.float32)
+    yy = tl.zeros((BLOCK,), tl.float32)
+    for step in tl.static_range(CHUNK // BLOCK):
+        offs = first + step * BLOCK + tl.arange(0, BLOCK)
+        x = values(places(x_at, offs, X, ALIGNED), offs, n, FULL)
+        xx += x * x
+        if TWO:
+            y = values(places(y_at, offs, Y, ALIGNED), offs, n, FULL)
+            xy += x * y
+            yy += y * y
+    return tl.sum(xy.to(tl.float64)), tl.sum(xx.to(tl.float64)), tl.sum(yy.to(tl.float64))
 
 
 @triton.jit
 def sums_kernel(
-    partial_ptr, table_ptr, tensors, TWO: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
-    chunk = tl.program_id(0).to(tl.int64)
-    row = table_ptr + tl.load(table_ptr + tensors * 6 + chunk) * 6
-    x_at, y_at, n = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    x_code, y_code = tl.load(row + 3), tl.load(row + 4)
-    first = (chunk - tl.load(row + 5)) * CHUNK
-    xy = tl.zeros((BLOCK,), tl.float32)
-    xx = tl.zeros((BLOCK,), tl.float32)
-    yy = tl.zeros((BLOCK,), tl.float32)
-    for step in range(CHUNK // BLOCK):
+    partial_ptr, table_ptr, tensors, X: tl.constexpr, Y: tl.constexpr, TWO: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    x_at, y_at, n, first = chunk_of(table_ptr, tensors, CHUNK)
+    if first + CHUNK <= n:
+        xy, xx, yy = sums_of(x_at, y_at, n, first, X, Y, TWO, ALIGNED, CHUNK, BLOCK, True)
+    else:
+        xy, xx, yy = sums_of(x_at, y_at, n, first, X, Y, TWO, ALIGNED, CHUNK, BLOCK, False)
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * 3
+    tl.store(out, xy)
+    tl.store(out + 1, xx)
+    tl.store(out + 2, yy)
+
+
+@triton.jit
+def edit_of(
+    x_at, y_at, n, first, numbers_ptr, RULE: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    a, b = tl.load(numbers_ptr), 0.0
+    if RULE == "axpby":
+        b = tl.load(numbers_ptr + 1)
+    for step in tl.static_range(CHUNK // BLOCK):
         offs = first + step * BLOCK + tl.arange(0, BLOCK)
-        x = load(x_at, x_code, offs, offs < n, ALIGNED)
-        xx += x * x
-        if TWO:
-            y = load(y_at, y_code, offs, offs < n, ALIGNED)
-            xy += x * y
-            yy += y * y
-    tl.store(partial_ptr + chunk * 3, tl.sum(xy.to(tl.float64)))
-    tl.store(partial_ptr + chunk * 3 + 1, tl.sum(xx.to(tl.float64)))
-    tl.store(partial_ptr + chunk * 3 + 2, tl.sum(yy.to(tl.float64)))
+        out = places(y_at, offs, Y, ALIGNED)
+        x, y = values(places(x_at, offs, X, ALIGNED), offs, n, FULL), values(out, offs, n, FULL)
+        if RULE == "axpby":
+            edited = weighted(a, x) + weighted(b, y)
+        else:
+            edited = tl.where(a >= 1.0, x, tl.where(a > 0.0, y + a * (x - y), y))
+        if FULL:
+            tl.store(out, edited.to(Y))
+        else:
+            tl.store(out, edited.to(Y), mask=offs < n)
 
 
 @triton.jit
 def edit_kernel(
-    table_ptr, numbers_ptr, tensors,
-    RULE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, numbers_ptr, tensors, RULE: tl.constexpr, X: tl.constexpr, Y: tl.constexpr, ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """axpby: y <- numbers[0] x + numbers[1] y; lerp: y <- y + numbers[0] (x - y), exact at 0 and 1."""
-    chunk = tl.program_id(0).to(tl.int64)
-    row = table_ptr + tl.load(table_ptr + tensors * 6 + chunk) * 6
-    x_at, y_at, n = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-    x_code, y_code = tl.load(row + 3), tl.load(row + 4)
-    first = (chunk - tl.load(row + 5)) * CHUNK
-    a = tl.load(numbers_ptr)
-    for step in range(CHUNK // BLOCK):
-        offs = first + step * BLOCK + tl.arange(0, BLOCK)
-        x = load(x_at, x_code, offs, offs < n, ALIGNED)
-        y = load(y_at, y_code, offs, offs < n, ALIGNED)
-        if RULE == "axpby":
-            y = weighted(a, x) + weighted(tl.load(numbers_ptr + 1), y)
-        else:
-            y = tl.where(a >= 1.0, x, tl.where(a > 0.0, y + a * (x - y), y))
-        store(y_at, y_code, offs, y, offs < n, ALIGNED)
+    x_at, y_at, n, first = chunk_of(table_ptr, tensors, CHUNK)
+    if first + CHUNK <= n:
+        edit_of(x_at, y_at, n, first, numbers_ptr, RULE, X, Y, ALIGNED, CHUNK, BLOCK, True)
+    else:
+        edit_of(x_at, y_at, n, first, numbers_ptr, RULE, X, Y, ALIGNED, CHUNK, BLOCK, False)
 
 
 _OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+
+
+class Group(NamedTuple):
+    """The tensors of one pair of dtypes: what one launch does."""
+
+    table: Tensor
+    tensors: int
+    chunks: int
+    x: tl.dtype
+    y: tl.dtype
+    two: bool
+    aligned: bool
+
+
 _KEPT = 32
-_tables: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+_plans: dict[tuple[torch.device, tuple[int, ...]], list[Group]] = {}
 _captured: set[tuple[torch.device, tuple[int, ...]]] = set()
 
 
-def _table(rows: list[int], chunks: int, device: torch.device) -> Tensor:
-    """The rows and each chunk's tensor on the device, by one copy for which the host waits.
+def _plan(rows: list[int], device: torch.device) -> list[Group]:
+    """The launches for a list, their tables on the device.
 
-    The last few tables are kept: a training loop hands in the same list at every step. One that a CUDA graph has seen
-    is kept for good, since the graph will read it again.
+    The last few are kept, as a training loop hands in the same list at every step: a new one costs a copy for which the
+    host waits. One that a CUDA graph has seen is kept for good, since the graph will read it again.
     """
     key = (device, tuple(rows))
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    table = _tables.get(key)
-    if table is None:
+    if key not in _plans:
         if capturing:
             raise RuntimeError(
                 "a list op cannot make its table while a CUDA graph is being captured; call it once with the same "
                 "tensors before the capture."
             )
-        starts = torch.tensor([*rows[ROW - 1 :: ROW], chunks])
-        owners = torch.arange(len(rows) // ROW).repeat_interleave(starts.diff())
-        table = _tables[key] = torch.cat([torch.tensor(rows), owners]).to(device)
-        for old in [k for k in _tables if k not in _captured][:-_KEPT]:
-            del _tables[old]
+        _plans[key] = _grouped(torch.tensor(rows).view(-1, 5), device)
+        for old in [k for k in _plans if k not in _captured][:-_KEPT]:
+            del _plans[old]
     if capturing:
         _captured.add(key)
-    elif device.type == "cuda":
-        table.record_stream(torch.cuda.current_stream(device))
-    return table
+    elif device.type == "cuda" and _plans[key]:
+        _plans[key][0].table.record_stream(torch.cuda.current_stream(device))
+    return _plans[key]
 
 
-def _aligned(rows: list[int]) -> bool:
-    """Whether every tensor starts at a multiple of 16 bytes."""
-    return not any((x | y) % 16 for x, y in zip(rows[::ROW], rows[1::ROW], strict=True))
+def _grouped(rows: Tensor, device: torch.device) -> list[Group]:
+    """One group a pair of dtypes in the list, in the order of their codes; one copy for all tables."""
+    parts: list[Tensor] = []
+    groups: list[tuple[int, int, int, int, bool, bool]] = []
+    for x, y in rows[:, 3:].unique(dim=0).tolist():
+        mine = rows[(rows[:, 3] == x) & (rows[:, 4] == y)]
+        counts = (mine[:, 2] + CHUNK - 1) // CHUNK
+        firsts = counts.cumsum(0) - counts
+        owners = torch.arange(len(mine)).repeat_interleave(counts)
+        parts.append(torch.cat([torch.cat([mine[:, :3], firsts[:, None]], 1).view(-1), owners]))
+        aligned = not (mine[:, :2] % 16).any()
+        groups.append((len(mine), len(owners), x, y, bool(mine[:, 1].any()), aligned))
+    tables = torch.cat(parts).to(device).split([len(part) for part in parts])
+    return [
+        Group(table, tensors, chunks, DTYPES[x], DTYPES[y], two, aligned)
+        for table, (tensors, chunks, x, y, two, aligned) in zip(tables, groups, strict=True)
+        if chunks
+    ]
 
 
-def sums(rows: list[int], chunks: int, chunk: int, device: torch.device) -> Tensor:
-    """float64 [3]: <x, y>, <x, x>, <y, y> over the list, in a fixed order."""
-    partial = torch.empty(chunks, 3, dtype=torch.float64, device=device)
-    if chunks:
-        with torch.cuda.device_of(partial):
-            table, two = _table(rows, chunks, device), any(rows[1::ROW])
-            sums_kernel[(chunks,)](partial, table, len(rows) // ROW, two, _aligned(rows), chunk, BLOCK, **_OPTIONS)
-    return partial.sum(0)
+def sums(rows: list[int], device: torch.device) -> Tensor:
+    """float64 [3]: <x, y>, <x, x>, <y, y> over the list, in a fixed order.
+
+    Args:
+        rows: for each tensor address of x, address of y or 0, elements, dtype codes of x and y.
+        device: where they are.
+    """
+    total = torch.zeros(3, dtype=torch.float64, device=device)
+    with torch.cuda.device_of(total):
+        for group in _plan(rows, device):
+            table, tensors, chunks, *how = group
+            partial = torch.empty(chunks, 3, dtype=torch.float64, device=device)
+            sums_kernel[(chunks,)](partial, table, tensors, *how, CHUNK, BLOCK, **_OPTIONS)
+            total = total + partial.sum(0)
+    return total
 
 
-def edit(rows: list[int], chunks: int, chunk: int, numbers: Tensor, rule: str) -> None:
-    """`curvkern.axpby_list_` or `curvkern.lerp_list_`."""
-    if chunks:
-        with torch.cuda.device_of(numbers):
-            table = _table(rows, chunks, numbers.device)
-            edit_kernel[(chunks,)](table, numbers, len(rows) // ROW, rule, _aligned(rows), chunk, BLOCK, **_OPTIONS)
+def edit(rows: list[int], numbers: Tensor, rule: str) -> None:
+    """`curvkern.axpby_list_` or `curvkern.lerp_list_`; rows as for `sums`."""
+    with torch.cuda.device_of(numbers):
+        for table, tensors, chunks, x, y, _, aligned in _plan(rows, numbers.device):
+            edit_kernel[(chunks,)](table, numbers, tensors, rule, x, y, aligned, CHUNK, BLOCK, **_OPTIONS)
 
 
-_SIGNATURE = {"table_ptr": "*i64:16", "tensors": "i64"}
+_BF16 = {"X": tl.bfloat16, "Y": tl.bfloat16, "CHUNK": CHUNK, "BLOCK": BLOCK}
+_SHADOW = {"X": tl.bfloat16, "Y": tl.float32, "CHUNK": CHUNK, "BLOCK": BLOCK}
+_TABLE = {"table_ptr": "*i64", "tensors": "i64"}
 
 AHEAD_OF_TIME = [
-    Ahead(
-        sums_kernel,
-        {"partial_ptr": "*fp64", **_SIGNATURE},
-        {"TWO": True, "ALIGNED": True, "CHUNK": 8 * BLOCK, "BLOCK": BLOCK},
-        _OPTIONS,
-    ),
-    Ahead(
-        edit_kernel,
-        {**_SIGNATURE, "numbers_ptr": "*fp32"},
-        {"RULE": "axpby", "ALIGNED": True, "CHUNK": 8 * BLOCK, "BLOCK": BLOCK},
-        _OPTIONS,
-    ),
-    Ahead(
-        edit_kernel,
-        {**_SIGNATURE, "numbers_ptr": "*fp32"},
-        {"RULE": "lerp", "ALIGNED": False, "CHUNK": 8 * BLOCK, "BLOCK": BLOCK},
-        _OPTIONS,
-    ),
+    Ahead(sums_kernel, {"partial_ptr": "*fp64", **_TABLE}, {**_BF16, "TWO": True, "ALIGNED": True}, _OPTIONS),
+    Ahead(sums_kernel, {"partial_ptr": "*fp64", **_TABLE}, {**_SHADOW, "TWO": False, "ALIGNED": False}, _OPTIONS),
+    Ahead(edit_kernel, {**_TABLE, "numbers_ptr": "*fp32"}, {**_BF16, "RULE": "axpby", "ALIGNED": True}, _OPTIONS),
+    Ahead(edit_kernel, {**_TABLE, "numbers_ptr": "*fp32"}, {**_SHADOW, "RULE": "lerp", "ALIGNED": True}, _OPTIONS),
 ]

@@ -262,8 +262,8 @@ def model_stock(base: Tensor, tensors: Sequence[Tensor], *, rows: bool = False, 
 
     .. math:: t \bar W + (1 - t) W_{base}, \qquad t = \frac{k \cos\theta}{1 + (k - 1) \cos\theta}
 
-    :math:`\cos\theta` is the mean cosine of the k (k - 1) / 2 pairs of deltas :math:`W_i - W_{base}` (as in mergekit; the
-    paper has one angle), in float64 from block to block. The cosine with a zero delta is 0; where something is not
+    :math:`\cos\theta` is the mean cosine of the k (k - 1) / 2 pairs of deltas :math:`W_i - W_{base}` (as in mergekit;
+    the paper has one angle), in float64 from block to block. The cosine with a zero delta is 0; where something is not
     finite, or the deltas cancel and the denominator vanishes, t is 0.
 
     Args:

@@ -56,12 +56,12 @@ def keep_random(base: Tensor, tuned: Tensor, scale: Tensor, drop: int, seed: int
 
 
 def dare_sums(base: Tensor, tuned: Tensor, drop: int, seed: int, backend: str) -> Tensor:
-    """float64 [2]: sums of the finite \\|tuned - base\\| over all and over what `keep_random` keeps."""
+    """float64 [2]: sums of finite magnitudes of tuned - base, over all and over what `keep_random` keeps."""
     return _dare_sums(base, tuned, drop, seed, backend)
 
 
 def kth_delta(base: Tensor, tensor: Tensor, k: int, backend: str) -> Tensor:
-    """The exact k-th largest \\|tensor - base\\| that is a number, as a scalar on the device, which is not waited for."""
+    """The exact k-th largest magnitude of tensor - base that is a number: a scalar on the device, not waited for."""
     if base.dtype != tensor.dtype or base.dtype == torch.float64:
         base, tensor = _wide(base), _wide(tensor)
     if torch.float64 in (base.dtype, tensor.dtype):  # counting has 32-bit keys

@@ -140,7 +140,8 @@ def surgery_list_(
         TypeError, ValueError: arguments that do not fit.
         RuntimeError: an input requires grad under grad mode.
 
-    Two passes. Sums as in `dot_list`, the edit in float32 with one rounding. Deterministic; does not wait for the device.
+    Two passes: sums as in `dot_list`, then the edit in float32 with one rounding. Deterministic; does not wait for the
+    device.
     """
     _check_pairs("surgery_list_", ("g_user", g_user), ("g_safe", g_safe))
     dot, user, safe = _sums_of("surgery_list_", g_user, g_safe, backend).unbind()
@@ -220,7 +221,7 @@ def _check_pairs(op: str, first: tuple[str, Sequence[Tensor]], second: tuple[str
             hint = "A moving average in fewer bits does not move: keep the shadow in float32."
             check.dtype(op, f"{name}[{at}]", left, (torch.float32, torch.float64), hint)
         check.same_shape(op, **named)
-        check.same_device(op, **{f"{name}[0]": lefts[0]}, **named)
+        check.same_device(op, **{f"{name}[0]": lefts[0], **named})
         check.no_grad(op, **named)
 
 
@@ -246,52 +247,53 @@ def _refuse_edit(edited: list[Tensor], others: list[Tensor], *_: Tensor) -> str 
 # kernels --------------------------------------------------------------------------------------------------------------
 
 
-def _rows(xs: Sequence[Tensor], ys: Sequence[Tensor], chunk: int) -> tuple[list[int], int]:
-    """The table of csrc/launch.h, flat, and how many chunks there are. All tensors are contiguous."""
+def _rows(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[int]:
+    """For each tensor address of x, address of y or 0, elements, dtype codes of x and y, flat. All are contiguous."""
     rows: list[int] = []
-    chunks = 0
     code = launch.DTYPE_CODES
-    for x, y in zip(xs, ys, strict=True) if ys else ((x, None) for x in xs):
-        n = x.numel()
-        rows += (x.data_ptr(), 0, n, code[x.dtype], 0) if y is None else (
-            x.data_ptr(), y.data_ptr(), n, code[x.dtype], code[y.dtype],
-        )  # fmt: skip
-        rows.append(chunks)
-        chunks += -(-n // chunk)
-    return rows, chunks
+    if not ys:
+        for x in xs:
+            rows += (x.data_ptr(), 0, x.numel(), code[x.dtype], 0)
+    for x, y in zip(xs if ys else (), ys, strict=True):
+        rows += (x.data_ptr(), y.data_ptr(), x.numel(), code[x.dtype], code[y.dtype])
+    return rows
+
+
+def _table(rows: list[int]) -> tuple[Tensor, int]:
+    """The table of csrc/launch.h, and how many chunks there are."""
+    table = torch.tensor(rows).view(-1, 5)
+    chunk = launch.constant("VECTORS_CHUNK")
+    counts = (table[:, 2:3] + chunk - 1) // chunk
+    ends = counts.cumsum(0)
+    return torch.cat([table, ends - counts], 1), int(ends[-1])
 
 
 def _native_sums(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     dense, others = [x.contiguous() for x in xs], [y.contiguous() for y in ys]
-    rows, chunks = _rows(dense, others, launch.constant("VECTORS_CHUNK"))
+    table, chunks = _table(_rows(dense, others))
     partial = torch.empty(chunks, 3, dtype=torch.float64)
-    launch.native_op("vectors_sums", xs[0].device, partial, torch.tensor(rows), len(xs), chunks)
+    launch.native_op("vectors_sums", xs[0].device, partial, table, len(xs), chunks)
     return partial.sum(0)
 
 
 def _native_edit(launcher: str) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     def run(ys: list[Tensor], xs: list[Tensor], numbers: Tensor) -> None:
         dense = [x.contiguous() for x in xs]
-        rows, chunks = _rows(dense, ys, launch.constant("VECTORS_CHUNK"))
-        launch.native_op(launcher, ys[0].device, torch.tensor(rows), numbers, len(ys), chunks)
+        table, chunks = _table(_rows(dense, ys))
+        launch.native_op(launcher, ys[0].device, table, numbers, len(ys), chunks)
 
     return run
 
 
-_triton_sums_kernel = lazily("curvkern.kernels.vectors:sums")
-_triton_edit_kernel = lazily("curvkern.kernels.vectors:edit")
-TRITON_CHUNK = 16384  # elements a program takes
-
-
 def _triton_sums(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     dense, others = [x.contiguous() for x in xs], [y.contiguous() for y in ys]
-    return _triton_sums_kernel(*_rows(dense, others, TRITON_CHUNK), TRITON_CHUNK, xs[0].device)
+    return lazily("curvkern.kernels.vectors:sums")(_rows(dense, others), xs[0].device)
 
 
 def _triton_edit(rule: str) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:
     def run(ys: list[Tensor], xs: list[Tensor], numbers: Tensor) -> None:
         dense = [x.contiguous() for x in xs]
-        _triton_edit_kernel(*_rows(dense, ys, TRITON_CHUNK), TRITON_CHUNK, numbers, rule)
+        lazily("curvkern.kernels.vectors:edit")(_rows(dense, ys), numbers, rule)
 
     return run
 
