@@ -56,6 +56,9 @@ PARTS = "|".join([*MAY_IMPORT, "_C"])
 NO_OPS = {
     "csrc/cuda/device.cu": "questions about the driver",
     "csrc/cpu/parallel.cpp": "the thread loop that all CPU kernels share",
+    "curvkern/ops/mix_passes.py": "the passes that mix is made of",
+    "curvkern/ops/philox.py": "random words, which ops regenerate instead of storing",
+    "curvkern/kernels/philox.py": "the same in Triton",
     "curvkern/ops/score.py": "scores and gates, which select and rollback share",
     "curvkern/ops/selector.py": "the class over select's ops",
     "curvkern/ops/delta.py": "the alignment delta, on which subspace's ops work",

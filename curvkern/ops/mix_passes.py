@@ -66,12 +66,14 @@ def kth_delta(base: Tensor, tensor: Tensor, k: int, backend: str) -> Tensor:
         base, tensor = _wide(base), _wide(tensor)
     if torch.float64 in (base.dtype, tensor.dtype):  # counting has 32-bit keys
         return (tensor.double() - base.double()).abs().nan_to_num(-1.0, posinf=math.inf).reshape(-1).topk(k).values[-1]
-    counts = [torch.zeros(size, dtype=torch.int64, device=base.device) for size in (BINS, 2, BINS, 2)]
-    score_histogram_(*counts[:2], tensor, base, rule="delta", backend=backend)
-    number = counts[1][0].clamp(max=k)
-    upper, above = kth_bin(counts[0], number)
-    score_histogram_(*counts[2:], tensor, base, rule="delta", boundary=upper, backend=backend)
-    return score_of_key((upper << 16) + kth_bin(counts[2], number - above)[0])
+    above, below, tallies, again = (
+        torch.zeros(size, dtype=torch.int64, device=base.device) for size in (BINS, BINS, 2, 2)
+    )
+    score_histogram_(above, tallies, tensor, base, rule="delta", backend=backend)
+    number = tallies[0].clamp(max=k)
+    upper, larger = kth_bin(above, number)
+    score_histogram_(below, again, tensor, base, rule="delta", boundary=upper, backend=backend)
+    return score_of_key((upper << 16) + kth_bin(below, number - larger)[0])
 
 
 def coefficients(values: Sequence[float | Tensor], *tensors: Tensor) -> Tensor:

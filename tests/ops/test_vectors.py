@@ -287,7 +287,7 @@ W = torch.zeros(4, 4)
         (
             lambda: dot_list([W, W], [W, W[0]]),
             ValueError,
-            r"dot_list: ys\[1\] has shape \[4\] but xs\[1\] has \[4, 4\]",
+            r"ys\[1\] has shape \[4\] but xs\[1\] has \[4, 4\]",
         ),
         (lambda: dot_list([W], [W.to("meta")]), ValueError, r"ys\[0\] is on meta"),
         (lambda: norm_list([W, W.int()]), TypeError, r"norm_list: xs\[1\] has dtype int32"),
