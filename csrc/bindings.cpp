@@ -85,6 +85,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ABI") = kAbi;
   m.attr("ROLLBACK_BLOCK") = kRollbackBlock;
   m.attr("SELECT_SCRATCH") = kSelectScratch;
+  m.attr("MIX_CHUNK") = kMixChunk;
+  m.attr("MIX_WAYS") = kMixWays;
+  m.attr("VECTORS_CHUNK") = kVectorsChunk;
   m.attr("CPU_ISA") = best_isa() == Isa::kAvx512 ? "avx512" : best_isa() == Isa::kAvx2 ? "avx2" : "generic";
 #ifdef CURVKERN_CUDA
   m.attr("CUDA_ARCHS") = CURVKERN_CUDA_ARCHS;
@@ -119,4 +122,12 @@ PYBIND11_MODULE(_C, m) {
   CPU(token_grad);
   CPU(perturb_squares);
   CPU(perturb);
+  CPU(mix_linear);
+  CPU(mix_dots);
+  CPU(mix_ties);
+  CPU(mix_dare);
+  CPU(mix_dare_sums);
+  CPU(vectors_sums);
+  CPU(vectors_axpby);
+  CPU(vectors_lerp);
 }

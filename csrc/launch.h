@@ -147,6 +147,44 @@ CURVKERN_CPU_LAUNCHER(perturb_squares(double* squares, const void* original, int
 CURVKERN_CPU_LAUNCHER(perturb(void* weight, const void* original, const float* scale, int64_t n, int64_t segment,
                               int64_t seed, int64_t offset, DType dtype, int threads))
 
+// mix --------------------------------------------------------------------------------------------------------------
+// `tensors`: two numbers for each of `ways` tensors: its address and its dtype code.
+constexpr int64_t kMixWays = 32, kMixChunk = 16384;
+
+// out[r, c] = sum over k of weights[k, r] * tensors[k][r, c]; a weight of 0 leaves its tensor out. One rounding. `out`
+// may be one of the tensors.
+CURVKERN_CPU_LAUNCHER(mix_linear(void* out, const float* weights, const int64_t* tensors, int64_t ways, int64_t rows,
+                                 int64_t cols, DType dtype, int threads))
+// partial[r, chunk, i, j], i <= j: the dot product of tensors i and j, less base (may be null), over the chunk of
+// kMixChunk columns of row r. At most kMixWays tensors.
+CURVKERN_CPU_LAUNCHER(mix_dots(double* partial, const void* base, const int64_t* tensors, int64_t ways, int64_t rows,
+                               int64_t cols, DType base_dtype, int threads))
+// out = base + scale * the weighted deltas that reach their limit and have the elected sign, divided (normalize) by the
+// sum of their weights. At most kMixWays tensors.
+CURVKERN_CPU_LAUNCHER(mix_ties(void* out, const void* base, const int64_t* tensors, const float* limits,
+                               const float* weights, int64_t ways, int64_t n, float scale, bool normalize, DType dtype,
+                               int threads))
+// out = base + *scale * (tuned - base) where the element's Philox word is at least `drop`, else base.
+CURVKERN_CPU_LAUNCHER(mix_dare(void* out, const void* base, const void* tuned, const float* scale, int64_t n,
+                               uint32_t drop, uint64_t seed, DType dtype, DType tuned_dtype, int threads))
+// partial[chunk]: sums of |tuned - base| over all of the chunk and over what mix_dare keeps; finite deltas only.
+CURVKERN_CPU_LAUNCHER(mix_dare_sums(double* partial, const void* base, const void* tuned, int64_t n, uint32_t drop,
+                                    uint64_t seed, DType dtype, DType tuned_dtype, int threads))
+
+// vectors ----------------------------------------------------------------------------------------------------------
+// A row of `table` for each tensor of a list: address of x, address of y (or 0), how many elements, dtype codes of x
+// and y, and how many chunks of kVectorsChunk elements stand before it; `chunks` are all.
+constexpr int64_t kVectorsChunk = 16384, kVectorsRow = 6;
+
+// partial[chunk]: <x, y>, <x, x>, <y, y>; zeros where there is no y.
+CURVKERN_CPU_LAUNCHER(vectors_sums(double* partial, const int64_t* table, int64_t tensors, int64_t chunks, int threads))
+// y = coefficients[0] x + coefficients[1] y, a coefficient of 0 leaving its side out.
+CURVKERN_CPU_LAUNCHER(vectors_axpby(const int64_t* table, const float* coefficients, int64_t tensors, int64_t chunks,
+                                    int threads))
+// y = y + *weight (x - y), exact at 0 and 1.
+CURVKERN_CPU_LAUNCHER(vectors_lerp(const int64_t* table, const float* weight, int64_t tensors, int64_t chunks,
+                                   int threads))
+
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
                 const int64_t* tie_offsets, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,

@@ -136,4 +136,13 @@ CURVKERN_RULE Normals normals(uint32_t radius, uint32_t angle) {
   return {mul(r, float_of(x)), mul(r, float_of(y))};
 }
 
+// One tensor's share of a sum. Weight 0 leaves the tensor out, whatever it holds; -0 is what no sum notices.
+CURVKERN_RULE float weighted(float weight, float x) { return weight == 0.0f ? -0.0f : mul(weight, x); }
+
+// TIES: a delta survives the trimming if its magnitude reaches the limit; NaN never does.
+CURVKERN_RULE float trimmed(float delta, float limit) { return absolute(delta) >= limit ? delta : 0.0f; }
+
+// TIES: a share counts if it has the elected sign, that of the sum of all; a sum of zero elects +.
+CURVKERN_RULE bool agrees(float elected, float share) { return elected >= 0.0f ? share > 0.0f : share < 0.0f; }
+
 }  // namespace curvkern

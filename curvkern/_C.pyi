@@ -6,6 +6,9 @@ CUDA_ARCHS: str
 CUDA_VERSION: str
 ROLLBACK_BLOCK: int
 SELECT_SCRATCH: int
+MIX_CHUNK: int
+MIX_WAYS: int
+VECTORS_CHUNK: int
 
 def device_count() -> int: ...
 def __getattr__(name: str) -> object: ...  # pyright: ignore[reportIncompleteStub]

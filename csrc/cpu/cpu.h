@@ -88,6 +88,14 @@ inline void load_block(float* out, const void* data, int64_t offset, int64_t n, 
   });
 }
 
+// data[offset..offset + n) = x, rounded to `dtype`.
+inline void store_block(void* data, const float* x, int64_t offset, int64_t n, curvkern::DType dtype) {
+  with_dtype(dtype, [&](auto tag) {
+    auto* out = static_cast<decltype(tag)*>(data) + offset;
+    for (int64_t i = 0; i < n; ++i) store(out[i], x[i]);
+  });
+}
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

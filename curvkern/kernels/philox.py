@@ -17,6 +17,13 @@ def philox_words(seed, index):
 
 
 @triton.jit
+def element_words(first, seed, BLOCK: tl.constexpr):
+    """uint32 [BLOCK]: the words of elements first, first + 1, ...; first (int64) and BLOCK are multiples of 4."""
+    w0, w1, w2, w3 = philox_words(seed, first // 4 + tl.arange(0, BLOCK // 4).to(tl.int64))
+    return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK,))
+
+
+@triton.jit
 def sign_bits(seed, index):
     """[..., 128 k] of 0 (+1) or 1 (-1): the signs of elements 128 * index .. + 128 for each index [..., k]."""
     w0, w1, w2, w3 = philox_words(seed, index)

@@ -142,7 +142,7 @@ class Selector:
         if self._short_keys:
             return False
         reachable = torch.minimum(self._number(self._asked), self.gated)
-        self._second = _Sweep(self.gated.device, boundary=_kth(self._first.histogram, reachable)[0])
+        self._second = _Sweep(self.gated.device, boundary=kth_bin(self._first.histogram, reachable)[0])
         return True
 
     def threshold(
@@ -187,11 +187,11 @@ class Selector:
                 "candidates; ask for fewer, or pass on_short='clamp'."
             )
         number = torch.minimum(number, self.gated)
-        upper, above = _kth(self._first.histogram, number)
+        upper, above = kth_bin(self._first.histogram, number)
         key = upper << 16
         if self._second is not None:
             self._check_second_sweep(self._second, upper)
-            lower, between = _kth(self._second.histogram, number - above)
+            lower, between = kth_bin(self._second.histogram, number - above)
             key, above = key + lower, above + between
         tau = torch.where(number > 0, score_of_key(key), math.inf)
         return Threshold(tau, ties, torch.where(number > 0, number - above, 0), number)
@@ -247,7 +247,7 @@ def _asked(op: str, k: int | None, fraction: float | None, of: Of) -> _Asked:
     return _Asked(k, fraction, of if fraction is not None else "all")
 
 
-def _kth(histogram: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+def kth_bin(histogram: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """(the bin of the k-th largest, how many are in the bins above it) as int64 scalars, without leaving the device."""
     from_top = histogram.flip(0).cumsum(0)
     place = torch.searchsorted(from_top, k.reshape(1))
