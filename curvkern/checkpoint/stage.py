@@ -10,12 +10,15 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from curvkern.checkpoint.card import as_json
 from curvkern.checkpoint.error import CheckpointError, listed
 
 RECORD = "curvkern.json"
-_SIGNED = ("recipe", "inputs", "output")
+# Lies in the directory while it is unfinished: a finished output that is itself called *.partial has none.
+STATE = "curvkern.unfinished.json"
+_SIGNED = ("recipe", "inputs", "output", "software")
 
 
 def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> Path:
@@ -56,12 +59,13 @@ def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> 
 class Stage:
     """``OUT.partial``: locked while it is written, recorded shard by shard, renamed when whole.
 
-    Its ``curvkern.json`` tells what is being made (recipe, inputs, layout) and which shards are
-    complete, so that a killed run can go on; at the end the same file describes the output.
+    Its ``curvkern.unfinished.json`` tells what is being made (recipe, inputs, layout, software) and
+    which shards are complete, so that a killed run can go on.
 
     Attributes:
         directory: Where the files go.
         complete: Names of the shards an earlier run finished.
+        notes: Tensor name to what the run has to say about it, recorded along with the shards.
     """
 
     def __init__(self, target: Path, signature: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
@@ -77,10 +81,12 @@ class Stage:
         self._overwrite = overwrite
         self._lock = self._enter()
         self.complete: list[str] = []
+        self.notes: dict[str, dict[str, Any]] = {}
         try:
             earlier = self._earlier()
             if resume and earlier is not None:
                 self.complete = self._agreed_shards(earlier)
+                self.notes = earlier["notes"] if self.complete else {}
         except BaseException:
             self.release()
             raise
@@ -95,7 +101,7 @@ class Stage:
     def record(self, *shards: str) -> None:
         """Note that ``shards`` are complete: their data must have reached the disk."""
         self.complete.extend(shards)
-        self.write(RECORD, as_json({**self._signature, "complete": self.complete}))
+        self.write(STATE, as_json({**self._signature, "complete": self.complete, "notes": self.notes}))
         _sync_directory(self._lock)
 
     def write(self, name: str, data: bytes) -> None:
@@ -124,6 +130,8 @@ class Stage:
             if occupied:
                 previous.rename(self.target)
             raise
+        with suppress(OSError):
+            (self.target / STATE).unlink()
         parent = os.open(self.target.parent, os.O_RDONLY)
         _sync_directory(parent)
         os.close(parent)
@@ -164,10 +172,10 @@ class Stage:
         """Return what an earlier run recorded, None if it left nothing."""
         names = {p.name for p in self.directory.iterdir()}
         with suppress(OSError, ValueError):
-            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
-            if isinstance(record, dict) and all(key in record for key in _SIGNED):
-                return record
-        if names - {RECORD, f"{RECORD}.tmp"}:
+            record = json.loads((self.directory / STATE).read_text(encoding="utf-8"))
+            if isinstance(record, dict) and all(key in record for key in (*_SIGNED, "complete", "notes")):
+                return cast("dict[str, Any]", record)
+        if names - {STATE, f"{STATE}.tmp"}:
             raise CheckpointError(f"{self.directory}: exists and is not an unfinished output; move it away")
         return None
 
@@ -180,8 +188,7 @@ class Stage:
                 "Restore the former settings, or run without resume to start again"
             )
         sizes = {name: file["bytes"] for name, file in now["output"].items()}
-        finished = earlier.get("complete", list(sizes))
-        return [name for name in finished if self._size(name) == sizes.get(name)]
+        return [name for name in earlier["complete"] if self._size(name) == sizes.get(name)]
 
     def _size(self, name: str) -> int:
         path = self.directory / name
@@ -193,11 +200,6 @@ class Stage:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def as_json(value: Any) -> bytes:
-    """Return ``value`` as indented JSON with sorted keys."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def differences(where: str, was: Any, now: Any) -> list[str]:

@@ -236,7 +236,9 @@ def test_only_what_belongs_is_copied(save, tmp_path):
         (lambda w: [w.copy(w.names[0]), w.copy(w.names[0])], "is written already"),
         (lambda w: w.finish(), "not written: model.embed_tokens.weight, .* and 13 more"),
         (lambda w: [copy_all(w), w.finish({"recipe": {}})], "recipe is taken"),
-        (lambda w: [copy_all(w), w.finish({"loss": float("inf")})], "not JSON: Out of range"),
+        (lambda w: [copy_all(w), w.finish({"notes": {}})], "notes is taken"),
+        (lambda w: [copy_all(w), w.finish(extra_files={"config.json": "{}"})], "wanted a plain name that no other"),
+        (lambda w: [copy_all(w), w.finish(extra_files={"../report.json": "{}"})], "wanted a plain name"),
         (lambda w: [copy_all(w), w.finish({"report": object()})], "not JSON"),
         (lambda w: None, "left before finish"),
     ],
@@ -249,11 +251,38 @@ def test_misuse_leaves_nothing(source, tmp_path, act, message):
     assert leftovers(out) == []
 
 
-@pytest.mark.parametrize("recipe", [{"f": object()}, {"x": float("nan")}])
-def test_a_recipe_is_json(source, tmp_path, recipe):
+def test_a_recipe_is_json(source, tmp_path):
     with pytest.raises(CheckpointError, match="not JSON"):
-        Writer(tmp_path / "out", source, recipe=recipe)
+        Writer(tmp_path / "out", source, recipe={"f": object()})
     assert leftovers(tmp_path / "out") == []
+
+
+def test_figures_that_are_not_finite_become_null(source, tmp_path):
+    recipe = {"x": float("nan"), "deep": [{"y": (1.5, float("-inf"))}]}
+    with Writer(tmp_path / "out", source, recipe=recipe) as writer:
+        copy_all(writer)
+        writer.finish({"loss": float("inf"), "gain": 0.1})
+    record = json.loads((tmp_path / "out/curvkern.json").read_text())
+    assert record["recipe"] == {"x": None, "deep": [{"y": [1.5, None]}]}
+    assert (record["loss"], record["gain"]) == (None, 0.1)
+
+
+def test_extra_files_appear_with_the_output(source, tmp_path, monkeypatch):
+    rename, present = type(tmp_path).rename, []
+
+    def renamed(self, target):
+        present.extend(p.name for p in self.iterdir())
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", renamed)
+    with Writer(tmp_path / "out", source) as writer:
+        writer.copy_rest()
+        writer.finish(extra_files={"report.html": "<p>\u00e9</p>", "plot.png": b"\x89"})
+    assert {"report.html", "plot.png", "curvkern.json"} <= set(present)
+    assert (tmp_path / "out/report.html").read_bytes() == "<p>\u00e9</p>".encode()
+    assert (tmp_path / "out/plot.png").read_bytes() == b"\x89"
+    record = json.loads((tmp_path / "out/curvkern.json").read_text())
+    assert record["files"] == sorted(p.name for p in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
