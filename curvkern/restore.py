@@ -8,12 +8,12 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import AdapterWriter, Bundle, Writer
+    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, Writer
     from curvkern.evaluate import Example
     from curvkern.methods import Edit, Evidence, Method, Module
     from curvkern.recipe import Recipe
@@ -104,15 +104,18 @@ def run_recipe(
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
+            if "model" in method.needs:
+                aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             if "base" in method.needs:
                 sources["base"] = stack.enter_context(Checkpoint.open(_given(recipe.base, recipe, "base")))
             bundle = Bundle(sources, device=recipe.device)
             names = select_modules({name: tuned.spec(name).shape for name in bundle.names}, method, recipe)
-            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter) else None
+            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
             options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
             options |= {"recipe": _resolved(recipe, method, score), "data": _data_files(recipe, method)}
             if adapter is None:
+                tuned.require_config()
                 writer = stack.enter_context(Writer(recipe.out, tuned, **options))
             else:
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
@@ -210,12 +213,18 @@ def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     return {key: read_jsonl(path) for key, path in files.items() if key in method.needs and path is not None}
 
 
-def _saves_adapter(recipe: Recipe, method: Method, adapter: object | None) -> bool:
-    possible = adapter is not None and method.edits_adapter
-    if recipe.save == "adapter" and not possible:
-        why = "the tuned model is not an adapter" if adapter is None else f"{method.name} edits full weights"
+def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
+    whole = [name for name in names if adapter is not None and name in adapter.replaced]
+    why = None
+    if adapter is None:
+        why = "the tuned model is not an adapter"
+    elif not method.edits_adapter:
+        why = f"{method.name} edits full weights"
+    elif whole:
+        why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
+    if why is not None and recipe.save == "adapter":
         raise RestoreError(f"restore: cannot save an adapter: {why}; use save='checkpoint'.")
-    return possible and recipe.save != "checkpoint"
+    return why is None and recipe.save != "checkpoint"
 
 
 def _evidence(
@@ -227,12 +236,13 @@ def _evidence(
     from curvkern.curvature import HiddenEvidence
     from curvkern.evaluate import chat_prompt
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(bundle.sources["aligned"].path)
+    aligned = cast("Checkpoint", bundle.sources["aligned"]).directory
+    tokenizer: Any = AutoTokenizer.from_pretrained(aligned)
     prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
     judge = score or _exact_match(data["task"], recipe)
     tuned = bundle.sources["tuned"]
     return HiddenEvidence(
-        bundle.sources["aligned"].path,
+        aligned,
         ((name, tuned.read(name)) for name in tuned.names),
         prompts=prompts,  # pyright: ignore[reportArgumentType]
         score=lambda model: judge(model, tokenizer),
@@ -290,7 +300,8 @@ class _Sweeps:
                 )
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
-        if self.adapter is None or name not in self.adapter.names:
+        # Beside a tensor that the adapter holds whole, factors are not all that it changes.
+        if self.adapter is None or name not in self.adapter.names or name in self.adapter.replaced:
             return None
         factors = self.adapter.factors(name)
         return factors.B, factors.A, factors.scale

@@ -21,7 +21,7 @@ from curvkern.checkpoint.card import as_json, describe, model_card, plain, versi
 from curvkern.checkpoint.error import CheckpointError, listed
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
-from curvkern.checkpoint.locate import read_json
+from curvkern.checkpoint.locate import read_json, source_name
 from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
 
 _INDEX = "model.safetensors.index.json"
@@ -76,7 +76,7 @@ class Writer:
         self._like, self._resume, self._dtype = like, resume, dtype
         self._recipe = plain(recipe or {})
         paths = {role: source.path for role, source in inputs.items()} | {**data}
-        self._sources = {role: path.resolve().name for role, path in paths.items()}
+        self._sources = {role: source_name(path) for role, path in paths.items()}
         self._layout = Layout(like, dtype)
         self.names = tuple(self._layout.specs)
         roots = [root for source in (like, *inputs.values()) for root in source.roots] + [*data.values()]
