@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from curvkern.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import AdapterWriter, Bundle, Writer
+    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, Writer
     from curvkern.evaluate import Example
     from curvkern.methods import Edit, Evidence, Method, Module
     from curvkern.recipe import Recipe
@@ -90,9 +90,9 @@ def run_recipe(
     score: Score | None = None,
 ) -> Report:
     """`restore`, from a `Recipe`."""
-    from curvkern.checkpoint import AdapterWriter, Bundle, Checkpoint, Writer, open_tuned
+    from curvkern.checkpoint import AdapterWriter, Bundle, Checkpoint, Writer, as_json, open_tuned, plain
     from curvkern.methods import make
-    from curvkern.report import Report, Stages, write_page
+    from curvkern.report import Report, Stages, render_page
 
     method = make(recipe.method, recipe.parameters)
     _check_device(recipe.device)
@@ -103,6 +103,8 @@ def run_recipe(
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
+            if "model" in method.needs:
+                aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             if "base" in method.needs:
                 sources["base"] = stack.enter_context(Checkpoint.open(_given(recipe.base, recipe, "base")))
@@ -110,12 +112,14 @@ def run_recipe(
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
             names = select_modules(shapes, method, recipe, tuned.config)
             messages += _told_of(shapes, names, bundle)
-            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter) else None
-            options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "recipe": recipe.record()}
+            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
+            options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
+            options |= {"recipe": _resolved(recipe, method, score), "data": _data_files(recipe, method)}
             if adapter is None:
-                writer = stack.enter_context(Writer(recipe.out, tuned, inputs=sources, **options))
+                tuned.require_config()
+                writer = stack.enter_context(Writer(recipe.out, tuned, **options))
             else:
-                writer = stack.enter_context(AdapterWriter(recipe.out, adapter, inputs=sources, **options))
+                writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
         sweep = _Sweeps(bundle, names, tuned.adapter, progress)
         evidence = None
         if "model" in method.needs:
@@ -126,25 +130,35 @@ def run_recipe(
         del evidence  # the model in memory
         with stages.stage("edit"):
             changes = list(_edit_all(method, plan, sweep, writer))
+        with stages.stage("finish"):
+            writer.copy_rest()
         report = Report(
             method=method.name,
             source=method.source,
             recipe=recipe.record(),
-            out=str(recipe.out),
+            out=str(recipe.out.expanduser()),
             saved="checkpoint" if adapter is None else "adapter",
             modules=changes,
             stages=stages.done,
             messages=messages,
         )
-        with stages.stage("finish"):
-            if isinstance(writer, Writer):
-                for name in writer.names:
-                    if name not in writer.done:
-                        writer.copy(name)
-            writer.finish({"restoration": report.as_dict()})
-    Path(recipe.out, "report.json").write_text(json.dumps(report.as_dict(), indent=1), encoding="utf-8")
-    write_page(report, Path(recipe.out, "report.html"))
+        told = plain(report.as_dict())
+        files = {"report.json": as_json(told), "report.html": render_page(report)}
+        writer.finish({"restoration": told}, extra_files=files)
     return report
+
+
+def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, Any]:
+    """The recipe with every parameter of the method, defaults too: what a resumed run must agree with."""
+    name = getattr(score, "__qualname__", type(score).__qualname__)
+    own = {} if score is None else {"score": name}
+    return {**recipe.record(), "parameters": method.model_dump(mode="json"), **own}
+
+
+def _data_files(recipe: Recipe, method: Method) -> dict[str, Path]:
+    """The JSON Lines that the method reads."""
+    files = {"harmful": recipe.harmful, "task": recipe.task}
+    return {key: path for key, path in files.items() if key in method.needs and path is not None}
 
 
 def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
@@ -193,12 +207,18 @@ def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     return {key: read_jsonl(path) for key, path in files.items() if key in method.needs and path is not None}
 
 
-def _saves_adapter(recipe: Recipe, method: Method, adapter: object | None) -> bool:
-    possible = adapter is not None and method.edits_adapter
-    if recipe.save == "adapter" and not possible:
-        why = "the tuned model is not an adapter" if adapter is None else f"{method.name} edits full weights"
+def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
+    whole = [name for name in names if adapter is not None and name in adapter.replaced]
+    why = None
+    if adapter is None:
+        why = "the tuned model is not an adapter"
+    elif not method.edits_adapter:
+        why = f"{method.name} edits full weights"
+    elif whole:
+        why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
+    if why is not None and recipe.save == "adapter":
         raise RestoreError(f"restore: cannot save an adapter: {why}; use save='checkpoint'.")
-    return possible and recipe.save != "checkpoint"
+    return why is None and recipe.save != "checkpoint"
 
 
 def _evidence(
@@ -216,14 +236,15 @@ def _evidence(
             f"{method.name} runs both in one model. Save them alike."
         )
     # What is written carries the tuned model's tokenizer and chat template, where it has them.
-    paths = [Path(bundle.sources[role].path) for role in ("tuned", "aligned")]
-    tokenizer_at = next((path for path in paths if (path / "tokenizer_config.json").is_file()), paths[1])
+    aligned = cast("Checkpoint", bundle.sources["aligned"]).directory
+    paths = [Path(bundle.sources["tuned"].path), aligned]
+    tokenizer_at = next((path for path in paths if (path / "tokenizer_config.json").is_file()), aligned)
     tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_at)
     prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
     judge = score or _exact_match(data["task"], recipe)
     tuned = bundle.sources["tuned"]
     return HiddenEvidence(
-        bundle.sources["aligned"].path,
+        aligned,
         ((name, tuned.read(name)) for name in bundle.names),
         prompts=prompts,  # pyright: ignore[reportArgumentType]
         score=lambda model: judge(model, tokenizer),
@@ -257,10 +278,11 @@ class _Sweeps:
     def __init__(self, bundle: Bundle, names: Sequence[str], adapter: Any, progress: bool) -> None:
         self.bundle = bundle
         self.names = names
+        self.selected = frozenset(names)
         self.adapter = adapter
         self.progress = progress
 
-    def modules(self, what: str, skip: frozenset[str] = frozenset()) -> Iterator[Module]:
+    def modules(self, what: str, skip: Container[str] = ()) -> Generator[Module]:
         """One sweep in file order."""
         from curvkern.methods import Module
 
@@ -280,37 +302,58 @@ class _Sweeps:
                 )
 
     def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
-        if self.adapter is None or name not in self.adapter.names:
+        # Beside a tensor that the adapter holds whole, factors are not all that it changes.
+        if self.adapter is None or name not in self.adapter.names or name in self.adapter.replaced:
             return None
         factors = self.adapter.factors(name)
         return factors.B, factors.A, factors.scale
 
 
 def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:
-    """Edit, check, write and measure every selected module that an earlier run has not finished."""
+    """Edit every selected module that an earlier run has not finished, and copy what lies between them.
+
+    Everything goes in file order, so that shards become complete, and are kept for a resumed run, one by one.
+    """
+    from curvkern.checkpoint import Writer
+    from curvkern.report import ModuleChange
+
+    earlier, last = writer.notes, sweep.names[-1]
+    with closing(sweep.modules("restoring", earlier)) as modules:
+        for name in writer.names if isinstance(writer, Writer) else sweep.names:
+            if name in earlier:
+                yield ModuleChange(**earlier[name])
+            elif name in sweep.selected:
+                yield _edit_one(method, plan, next(modules), writer)
+            elif isinstance(writer, Writer) and name not in writer.done:
+                writer.copy(name)
+            if name == last:
+                return
+
+
+def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | AdapterWriter) -> ModuleChange:
+    """Edit, check, measure and write one module."""
     from curvkern.checkpoint import Writer
     from curvkern.report import measure_change
 
-    finished = frozenset(writer.done) if isinstance(writer, Writer) else frozenset[str]()
-    for module in sweep.modules("restoring", finished):
-        edit = method.edit(module, plan)
-        weight = module.tuned if edit.weight is None else edit.weight
-        stored = weight.to(module.tuned.dtype)
-        _refuse_spread(method, module, stored)
-        if isinstance(writer, Writer):
-            writer.write(module.name, stored.contiguous())
-        elif edit.factors is not None:
-            writer.write(module.name, *edit.factors)
-        yield measure_change(
-            module.name,
-            module.layer,
-            module.kind,
-            module.aligned,
-            module.tuned,
-            stored,
-            wanted=_wanted(edit, module),
-            notes=edit.notes,
-        )
+    edit = method.edit(module, plan)
+    weight = module.tuned if edit.weight is None else edit.weight
+    stored = weight.to(module.tuned.dtype)
+    _refuse_spread(method, module, stored)
+    change = measure_change(
+        module.name,
+        module.layer,
+        module.kind,
+        module.aligned,
+        module.tuned,
+        stored,
+        wanted=_wanted(edit, module),
+        notes=edit.notes,
+    )
+    if isinstance(writer, Writer):
+        writer.write(module.name, stored.contiguous(), asdict(change))
+    elif edit.factors is not None:
+        writer.write(module.name, *edit.factors, asdict(change))
+    return change
 
 
 def _wanted(edit: Edit, module: Module) -> int:

@@ -1,5 +1,9 @@
 import json
 import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -218,3 +222,111 @@ def test_mismatched_checkpoints_are_refused(family, tmp_path):
     with pytest.raises(CheckpointError, match=r"40.*48|48.*40"):
         curvkern.restore(family / "aligned", tmp_path / "narrow", method="merge", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def always_one(model, tokenizer):
+    return 1.0
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from curvkern.methods.gradient_rollback import GradientRollback
+from curvkern.methods.merge import Merge
+from test_restore import always_one, restore
+
+family, out, tuned, method, at, options = json.loads(sys.argv[2])
+owner = Merge if method == "merge" else GradientRollback
+edit, edited = owner.edit, []
+
+def killed(self, module, plan):
+    if len(edited) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    edited.append(module.name)
+    return edit(self, module, plan)
+
+owner.edit = killed
+score = {} if method == "merge" else {"score": always_one}
+restore(Path(family), out, tuned, method, **score, **options)
+"""
+
+
+@pytest.mark.parametrize("tuned, method", [("tuned", "merge"), ("adapter", "merge"), ("tuned", "gradient_rollback")])
+def test_a_killed_run_resumes_where_it_stopped(family, tmp_path, monkeypatch, tuned, method):
+    from curvkern.methods.gradient_rollback import GradientRollback
+    from curvkern.methods.merge import Merge
+
+    options = {"save": "checkpoint", "resume": True}
+    if method != "merge":
+        options |= {"harmful": family / "harmful.jsonl", "task": family / "task.jsonl", "steps": 2, "warmup": 1}
+    scored = options if method == "merge" else {**options, "score": always_one}
+    whole = restore(family, tmp_path / "whole", tuned, method, **scored)
+    owner = Merge if method == "merge" else GradientRollback
+    edit, edited = owner.edit, []
+
+    def counted(self, module, plan):
+        edited.append(module.name)
+        return edit(self, module, plan)
+
+    at = len(whole.modules) * 2 // 3
+    arguments = json.dumps([str(family), str(tmp_path / "out"), tuned, method, at, options], default=str)
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(Path(__file__).parent), arguments], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    kept = json.loads((tmp_path / "out.partial/curvkern.unfinished.json").read_text())
+    monkeypatch.setattr(owner, "edit", counted)
+    resumed = restore(family, tmp_path / "out", tuned, method, **scored)
+    assert kept["complete"]
+    with Checkpoint.open(tmp_path / "whole") as written:
+        assert edited == [m.name for m in whole.modules if written.spec(m.name).file not in kept["complete"]]
+    assert resumed.modules == whole.modules
+    for file in (tmp_path / "whole").glob("*.safetensors*"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_killed_adapter_run_resumes_with_a_whole_report(family, tmp_path, monkeypatch):
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    whole = restore(family, tmp_path / "whole", "adapter", resume=True)
+    with monkeypatch.context() as patched:
+        patched.setattr("curvkern.checkpoint.stage.Stage.publish", die)
+        with pytest.raises(KeyboardInterrupt):
+            restore(family, tmp_path / "out", "adapter", resume=True)
+    resumed = restore(family, tmp_path / "out", "adapter", resume=True)
+    assert (resumed.saved, resumed.modules) == ("adapter", whole.modules)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_plan_from_other_prompts_is_not_resumed(family, tmp_path, monkeypatch):
+    from curvkern.methods.gradient_rollback import GradientRollback
+
+    harmful = tmp_path / "harmful.jsonl"
+    lines = (family / "harmful.jsonl").read_text().splitlines(keepends=True)
+    harmful.write_text("".join(lines))
+    options = {"harmful": harmful, "task": family / "task.jsonl", "steps": 1, "warmup": 1, "resume": True}
+    options["score"] = always_one
+
+    def fail(*arguments):
+        raise InterruptedError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(GradientRollback, "edit", fail)
+        with pytest.raises(InterruptedError):
+            restore(family, tmp_path / "out", method="gradient_rollback", **options)
+    harmful.write_text("".join(lines[:-1]))
+    with pytest.raises(CheckpointError, match=r"begun differently: inputs.harmful.bytes was \d+, is \d+"):
+        restore(family, tmp_path / "out", method="gradient_rollback", **options)
+
+
+def test_the_report_is_there_when_the_output_appears(family, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    report = restore(family, "~/out", weight=0.5)
+    assert report.out == str(tmp_path / "out")
+    stored = json.loads((tmp_path / "out/report.json").read_text())
+    assert stored == json.loads((tmp_path / "out/curvkern.json").read_text())["restoration"]
+    record = json.loads((tmp_path / "out/curvkern.json").read_text())
+    assert record["recipe"]["parameters"] == {"weight": 0.5}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == record["files"]

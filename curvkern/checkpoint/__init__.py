@@ -5,14 +5,13 @@ with Checkpoint.open("aligned") as aligned, open_tuned("tuned-or-adapter", align
     with Writer("restored", like=tuned, inputs=bundle.sources) as writer:
         for name, tensors in bundle:
             writer.write(name, torch.lerp(tensors["tuned"], tensors["aligned"], 0.5))
-        for name in bundle.skipped:
-            if name in tuned:
-                writer.copy(name)
+        writer.copy_rest()
         writer.finish()
 """
 
 from curvkern.checkpoint.adapter import Adapter, LoraFactors
 from curvkern.checkpoint.bundle import Bundle
+from curvkern.checkpoint.card import as_json, plain
 from curvkern.checkpoint.error import CheckpointError
 from curvkern.checkpoint.format import TensorSpec
 from curvkern.checkpoint.read import Checkpoint
@@ -30,5 +29,7 @@ __all__ = [
     "TensorSpec",
     "TunedView",
     "Writer",
+    "as_json",
     "open_tuned",
+    "plain",
 ]

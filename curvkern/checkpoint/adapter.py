@@ -118,8 +118,8 @@ class Adapter:
 
     @property
     def roots(self) -> tuple[Path, ...]:
-        """The directory: nothing may be written over it."""
-        return (self.path,)
+        """The paths that make up this input, targets of links too: nothing may be written over them."""
+        return (*self.weights.roots, self.path / CONFIG)
 
     def side_files(self) -> dict[str, Path]:
         """List the adapter's configuration, and the tokenizer files and licences beside it."""

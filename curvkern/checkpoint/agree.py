@@ -153,7 +153,8 @@ def _compare_tokens(role: str, ids: dict[str, int], other_role: str, other: dict
             found = f"it as id {elsewhere}" if elsewhere is not None else f"{taken[number]!r} there"
             raise CheckpointError(
                 f"the vocabularies differ: {role} has {token!r} as id {number}, {other_role} has "
-                f"{found}; if that is meant, pass check_vocabulary=False"
+                f"{found}. Their embeddings cannot be compared; if only a file is wrong, put one "
+                "tokenizer.json into both directories"
             )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from curvkern.checkpoint.error import CheckpointError
 
@@ -29,19 +31,22 @@ of the inputs apply to this model as well.
 """
 
 
-def describe(signature: Mapping[str, Any], names: Mapping[str, str], extra: Mapping[str, Any]) -> dict[str, Any]:
+def describe(
+    signature: Mapping[str, Any], names: Mapping[str, str], files: Iterable[str], extra: Mapping[str, Any]
+) -> dict[str, Any]:
     """Put an output's record together.
 
     Args:
         signature: Recipe, inputs' fingerprints and layout.
         names: Role to name of each input.
+        files: Every file of the output, by path in it.
         extra: Further entries; must be JSON.
 
     Raises:
         CheckpointError: ``extra`` uses a name that the record needs for itself.
     """
-    record = {**signature, "names": dict(names), "versions": _versions()}
-    clash = sorted({*record, "complete"} & set(extra))
+    record = {**signature, "names": dict(names), "versions": versions(), "files": sorted(files)}
+    clash = sorted({*record, "complete", "notes"} & set(extra))
     if clash:
         raise CheckpointError(f"curvkern.json: {', '.join(clash)} is taken; name the entry otherwise")
     return {**record, **extra}
@@ -54,7 +59,35 @@ def model_card(target: Path, recipe: Mapping[str, Any], names: Mapping[str, str]
     return _CARD.format(library=library, title=target.name, method=method, inputs=inputs)
 
 
-def _versions() -> dict[str, str]:
+def plain(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``entries`` as they will read back from JSON, which has no NaN or infinity: those become null.
+
+    Raises:
+        CheckpointError: An entry is not JSON.
+    """
+    try:
+        return json.loads(json.dumps(_finite(dict(entries)), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"curvkern.json: the recipe or an entry is not JSON: {error}") from error
+
+
+def as_json(value: Any) -> bytes:
+    """Return ``value`` as indented JSON with sorted keys."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in cast("dict[Any, Any]", value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in cast("list[Any]", value)]
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that make an output."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

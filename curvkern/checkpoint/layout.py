@@ -33,7 +33,7 @@ class Layout:
         self.sizes: dict[str, int] = {}
         for source in like.files:
             tensors = [(s.name, _stored(s.dtype, dtype), s.shape) for s in members[source]]
-            file = _safetensors_name(source)
+            file = _safetensors_name(source, alone=not like.indexed)
             head, planned = plan_file(file, tensors, like.metadata(source))
             self.heads[file] = head
             self.specs |= {spec.name: spec for spec in planned}
@@ -56,7 +56,10 @@ def _stored(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:
     return wanted if wanted is not None and own.is_floating_point else own
 
 
-def _safetensors_name(file: str) -> str:
+def _safetensors_name(file: str, *, alone: bool) -> str:
+    """Return what loaders look for: one file without an index has one name, whatever it was read from."""
+    if alone and not file.startswith("adapter_model"):
+        return f"model{SAFETENSORS}"
     if not file.endswith(PICKLE):
         return file
     return file.removeprefix("pytorch_").removesuffix(PICKLE) + SAFETENSORS

@@ -11,6 +11,7 @@ from typing import Any
 
 from curvkern.checkpoint.error import CheckpointError, listed
 
+TEMPLATES = "additional_chat_templates"
 PICKLE = ".bin"
 SAFETENSORS = ".safetensors"
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
@@ -22,21 +23,32 @@ _TOKENIZER = (
     "merges.txt",
     "*.tiktoken",
     "tekken.json",
-    "spiece.model",
-    "sentencepiece*.model",
+    "*.model",
     "chat_template*",
-    "additional_chat_templates/*",
+    f"{TEMPLATES}/*",
 )
 _MODEL = (
     "config.json",
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+# Code of a model's own imports helper modules by any name.
+_CODE = ("*.py",)
+_FOUND_BESIDE = (
     "configuration_*.py",
     "modeling_*.py",
     "tokenization_*.py",
-    "LICENSE*",
-    "NOTICE*",
+    "adapter_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*model*.bin",
+    "*model*.bin.index.json",
+    "training_args.bin",
+    "README.md",
+    ".gitattributes",
 )
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.gguf", "*.msgpack")
 
@@ -121,14 +133,29 @@ def side_files(directory: Path, *, model: bool = True, tokenizer: bool = True) -
         model: Include configurations, model code and licences.
         tokenizer: Include tokenizer files and chat templates.
     """
-    patterns = (_MODEL if model else ()) + (_TOKENIZER if tokenizer else ())
-    candidates = [*directory.glob("*"), *directory.glob("additional_chat_templates/*")]
+    patterns = (_MODEL + _CODE if model else ()) + (_TOKENIZER if tokenizer else ())
+    candidates = [*directory.glob("*"), *directory.glob(f"{TEMPLATES}/*")]
     relative = {p.relative_to(directory).as_posix(): p for p in candidates if p.is_file()}
     return {
         name: path
         for name, path in sorted(relative.items())
         if any(fnmatch(name, p) for p in patterns) and not any(fnmatch(name, p) for p in _WEIGHTS)
     }
+
+
+def expected(name: str) -> bool:
+    """Judge whether a file of this name, a path in a checkpoint's directory, is one that checkpoints have."""
+    return any(fnmatch(name, pattern) for pattern in (*_MODEL, *_TOKENIZER, *_FOUND_BESIDE))
+
+
+def source_name(path: Path) -> str:
+    """Return what to call an input: ``org/name@revision`` in the hub cache, else its file name."""
+    place = path.absolute()
+    for snapshot in (place, place.parent, place.resolve()):
+        repository = snapshot.parent.parent.name
+        if snapshot.parent.name == "snapshots" and repository.startswith("models--"):
+            return f"{repository.removeprefix('models--').replace('--', '/')}@{snapshot.name}"
+    return path.resolve().name
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -166,6 +193,6 @@ def _is_plain(file: object) -> bool:
 
 def _pickle_refusal(root: Path) -> str:
     return (
-        f"{root}: only pickled weights (.bin). Convert them to safetensors, or pass "
-        "allow_pickle=True to read them with torch.load(weights_only=True)"
+        f"{root}: only pickled weights (.bin), which are not read. Convert them to safetensors: load the "
+        "model with transformers and save_pretrained() it to another directory"
     )

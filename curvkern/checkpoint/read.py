@@ -105,14 +105,29 @@ class Checkpoint:
         return dict(self._shards[file].metadata)
 
     @property
+    def directory(self) -> Path:
+        """The directory that it lies in, which transformers can load."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
     def roots(self) -> tuple[Path, ...]:
-        """The paths that make up this input: nothing may be written over them."""
-        return (self.path,)
+        """The paths that make up this input, targets of links too: nothing may be written over them."""
+        return (self.path, *(shard.path for shard in self._shards.values()), *self.side_files().values())
 
     def side_files(self, *, tokenizer: bool = True) -> dict[str, Path]:
         """List configuration, model code and licences beside it; tokenizer and templates too."""
-        directory = self.path if self.path.is_dir() else self.path.parent
-        return side_files(directory, tokenizer=tokenizer)
+        return side_files(self.directory, tokenizer=tokenizer)
+
+    def require_config(self) -> None:
+        """Refuse weights without ``config.json``, which transformers cannot load.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        if not (self.directory / "config.json").is_file():
+            raise CheckpointError(
+                f"{self.path}: no config.json in {self.directory}; put the model's there, or nothing can load it"
+            )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return sizes and checksums that tell this checkpoint from another, without a full read."""

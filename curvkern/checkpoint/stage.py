@@ -10,12 +10,16 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from curvkern.checkpoint.card import as_json
 from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.locate import TEMPLATES, expected
 
 RECORD = "curvkern.json"
-_SIGNED = ("recipe", "inputs", "output")
+# Lies in the directory while it is unfinished: a finished output that is itself called *.partial has none.
+STATE = "curvkern.unfinished.json"
+_SIGNED = ("recipe", "inputs", "output", "software")
 
 
 def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> Path:
@@ -27,24 +31,23 @@ def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> 
         overwrite: Whether a checkpoint that is there already may be replaced.
 
     Raises:
-        CheckpointError: It exists (and ``overwrite`` is not set, or it is no checkpoint), it
-            overlaps an input, or it cannot be renamed to.
+        CheckpointError: It exists (and ``overwrite`` is not set, or it holds anything that is not a
+            checkpoint's), it or a directory used meanwhile overlaps an input, or it cannot be
+            renamed to.
     """
     target = Path(out).expanduser().resolve()
-    for root in roots:
-        source = root.resolve()
-        inside = source.is_dir() and target.is_relative_to(source)
-        if inside or source.is_relative_to(target):
-            raise CheckpointError(f"{target}: overlaps the input {source}; choose another directory")
+    sources = [root.expanduser().resolve() for root in roots]
+    for place in (target, _partial(target), _previous(target)):
+        _refuse_overlap(target, place, sources)
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{target}: is a file; wanted a directory to make")
     if os.path.ismount(target):
         raise CheckpointError(f"{target}: is a mount point; choose a directory inside it")
-    held = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
-    if held and not overwrite:
-        raise CheckpointError(f"{target}: exists and is not empty (pass overwrite=True to replace it)")
-    if held and not any(name.endswith((".safetensors", "config.json")) for name in held):
-        raise CheckpointError(f"{target}: holds no checkpoint ({listed(held)}), so it is not overwritten")
+    occupied = target.is_dir() and any(target.iterdir())
+    if occupied and not overwrite:
+        raise CheckpointError(f"{target}: exists and is not empty; pass overwrite=True (--overwrite) to replace it")
+    if occupied:
+        _refuse_strangers(target)
     if _previous(target).exists():
         raise CheckpointError(
             f"{_previous(target)}: an earlier output, left when its replacement was cut short; move "
@@ -56,12 +59,13 @@ def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> 
 class Stage:
     """``OUT.partial``: locked while it is written, recorded shard by shard, renamed when whole.
 
-    Its ``curvkern.json`` tells what is being made (recipe, inputs, layout) and which shards are
-    complete, so that a killed run can go on; at the end the same file describes the output.
+    Its ``curvkern.unfinished.json`` tells what is being made (recipe, inputs, layout, software) and
+    which shards are complete, so that a killed run can go on.
 
     Attributes:
         directory: Where the files go.
         complete: Names of the shards an earlier run finished.
+        notes: Tensor name to what the run has to say about it, recorded along with the shards.
     """
 
     def __init__(self, target: Path, signature: dict[str, Any], *, overwrite: bool, resume: bool) -> None:
@@ -72,15 +76,17 @@ class Stage:
                 ``resume``) it was begun with another recipe, other inputs or another layout.
         """
         self.target = target
-        self.directory = target.with_name(f"{target.name}.partial")
+        self.directory = _partial(target)
         self._signature = signature
         self._overwrite = overwrite
         self._lock = self._enter()
         self.complete: list[str] = []
+        self.notes: dict[str, dict[str, Any]] = {}
         try:
             earlier = self._earlier()
             if resume and earlier is not None:
                 self.complete = self._agreed_shards(earlier)
+                self.notes = earlier["notes"] if self.complete else {}
         except BaseException:
             self.release()
             raise
@@ -95,7 +101,7 @@ class Stage:
     def record(self, *shards: str) -> None:
         """Note that ``shards`` are complete: their data must have reached the disk."""
         self.complete.extend(shards)
-        self.write(RECORD, as_json({**self._signature, "complete": self.complete}))
+        self.write(STATE, as_json({**self._signature, "complete": self.complete, "notes": self.notes}))
         _sync_directory(self._lock)
 
     def write(self, name: str, data: bytes) -> None:
@@ -124,6 +130,8 @@ class Stage:
             if occupied:
                 previous.rename(self.target)
             raise
+        with suppress(OSError):
+            (self.target / STATE).unlink()
         parent = os.open(self.target.parent, os.O_RDONLY)
         _sync_directory(parent)
         os.close(parent)
@@ -164,10 +172,10 @@ class Stage:
         """Return what an earlier run recorded, None if it left nothing."""
         names = {p.name for p in self.directory.iterdir()}
         with suppress(OSError, ValueError):
-            record = json.loads((self.directory / RECORD).read_text(encoding="utf-8"))
-            if isinstance(record, dict) and all(key in record for key in _SIGNED):
-                return record
-        if names - {RECORD, f"{RECORD}.tmp"}:
+            record = json.loads((self.directory / STATE).read_text(encoding="utf-8"))
+            if isinstance(record, dict) and all(key in record for key in (*_SIGNED, "complete", "notes")):
+                return cast("dict[str, Any]", record)
+        if names - {STATE, f"{STATE}.tmp"}:
             raise CheckpointError(f"{self.directory}: exists and is not an unfinished output; move it away")
         return None
 
@@ -180,8 +188,7 @@ class Stage:
                 "Restore the former settings, or run without resume to start again"
             )
         sizes = {name: file["bytes"] for name, file in now["output"].items()}
-        finished = earlier.get("complete", list(sizes))
-        return [name for name in finished if self._size(name) == sizes.get(name)]
+        return [name for name in earlier["complete"] if self._size(name) == sizes.get(name)]
 
     def _size(self, name: str) -> int:
         path = self.directory / name
@@ -193,11 +200,6 @@ class Stage:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def as_json(value: Any) -> bytes:
-    """Return ``value`` as indented JSON with sorted keys."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def differences(where: str, was: Any, now: Any) -> list[str]:
@@ -215,6 +217,53 @@ def _sync_directory(fd: int) -> None:
         # Some network mounts cannot do this for a directory; their renames are durable or are not.
         if error.errno != errno.EINVAL:
             raise
+
+
+def _refuse_overlap(target: Path, place: Path, sources: Iterable[Path]) -> None:
+    for source in sources:
+        inside = source.is_dir() and place.is_relative_to(source)
+        if inside or source.is_relative_to(place):
+            what = "overlaps" if place == target else f"is made by way of {place}, which overlaps"
+            raise CheckpointError(f"{target}: {what} the input {source}; choose another directory")
+
+
+def _refuse_strangers(target: Path) -> None:
+    """Only what a checkpoint has may be replaced: someone's other files are not ours to delete."""
+    held = sorted(target.iterdir())
+    own = _own_files(target)
+    if not own and not any(path.name.endswith((".safetensors", "config.json")) for path in held):
+        raise CheckpointError(f"{target}: holds no checkpoint ({_names(held)}), so it is not overwritten")
+    if (target / TEMPLATES).is_dir():
+        held = [path for path in held if path.name != TEMPLATES] + sorted((target / TEMPLATES).iterdir())
+    known = own | {RECORD, STATE}
+    strange = [
+        path
+        for path in held
+        if path.is_dir()
+        or not (path.relative_to(target).as_posix() in known or expected(path.relative_to(target).as_posix()))
+    ]
+    if strange:
+        raise CheckpointError(
+            f"{target}: holds {_names(strange)}, which no checkpoint has, so it is not overwritten; move "
+            "that away, or choose another directory"
+        )
+
+
+def _own_files(target: Path) -> set[str]:
+    """Return what the record of a finished output lists, nothing where there is none."""
+    with suppress(OSError, ValueError):
+        record = json.loads((target / RECORD).read_text(encoding="utf-8"))
+        if isinstance(record, dict) and all(key in record for key in (*_SIGNED, "files")):
+            return set(cast("dict[str, list[str]]", record)["files"])
+    return set()
+
+
+def _names(paths: Iterable[Path]) -> str:
+    return listed(f"{path.name}/" if path.is_dir() else path.name for path in paths)
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial")
 
 
 def _previous(target: Path) -> Path:

@@ -72,7 +72,7 @@ class TunedView:
     @property
     def roots(self) -> tuple[Path, ...]:
         """The paths that make up this input: nothing may be written over them."""
-        return (*self.aligned.roots, self.adapter.path)
+        return (*self.aligned.roots, *self.adapter.roots)
 
     def side_files(self) -> dict[str, Path]:
         """List the aligned model's files, with the adapter's tokenizer whole where it has one."""
@@ -80,6 +80,10 @@ class TunedView:
         if "tokenizer_config.json" not in own:
             return self.aligned.side_files()
         return self.aligned.side_files(tokenizer=False) | own
+
+    def require_config(self) -> None:
+        """As `Checkpoint.require_config`: the configuration is the aligned model's."""
+        self.aligned.require_config()
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the fingerprints of both parts."""

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch
 
 from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
-from curvkern.checkpoint.card import describe, model_card
+from curvkern.checkpoint.card import as_json, describe, model_card, plain, versions
 from curvkern.checkpoint.error import CheckpointError, listed
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
-from curvkern.checkpoint.locate import read_json
-from curvkern.checkpoint.stage import RECORD, Stage, as_json, check_target
+from curvkern.checkpoint.locate import read_json, source_name
+from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
 
 _INDEX = "model.safetensors.index.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -52,6 +53,7 @@ class Writer:
         dtype: torch.dtype | None = None,
         recipe: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Source | Adapter] | None = None,
+        data: Mapping[str, Path] | None = None,
     ) -> None:
         """Check the target and the free space, lay out the files and reserve their room.
 
@@ -64,23 +66,27 @@ class Writer:
             dtype: Store floating-point tensors in this dtype instead.
             recipe: What is being done, as JSON; goes into ``curvkern.json``.
             inputs: Role to every checkpoint that the output is made from; default: ``like`` alone.
+            data: Role to every other file that decides what is written, such as prompts.
 
         Raises:
             CheckpointError: ``out`` cannot be made or is in use, the disk is too small, or a run
                 to resume was begun differently.
         """
-        inputs = {"like": like} if inputs is None else inputs
+        inputs, data = {"like": like} if inputs is None else inputs, data or {}
         self._like, self._resume, self._dtype = like, resume, dtype
-        self._recipe = _plain(recipe or {})
-        self._sources = {role: source.path.resolve().name for role, source in inputs.items()}
+        self._recipe = plain(recipe or {})
+        paths = {role: source.path for role, source in inputs.items()} | {**data}
+        self._sources = {role: source_name(path) for role, path in paths.items()}
         self._layout = Layout(like, dtype)
         self.names = tuple(self._layout.specs)
-        roots = [root for source in (like, *inputs.values()) for root in source.roots]
+        roots = [root for source in (like, *inputs.values()) for root in source.roots] + [*data.values()]
         self.target = check_target(out, roots, overwrite=overwrite)
         self._signature = {
             "recipe": self._recipe,
-            "inputs": {role: source.fingerprint() for role, source in inputs.items()},
+            "inputs": {role: source.fingerprint() for role, source in inputs.items()}
+            | {role: _fingerprint(path) for role, path in data.items()},
             "output": self._layout.signature(),
+            "software": versions()["curvkern"],
         }
         self._open: dict[str, int] = {}
         self._finished = False
@@ -111,8 +117,18 @@ class Writer:
             raise CheckpointError(f"{self.target}: no tensor {name} in the layout")
         return self._layout.specs[name]
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What was noted of the tensors in `done`, by an earlier run or this one."""
+        return {name: note for name, note in self._stage.notes.items() if name in self._done}
+
+    def write(self, name: str, tensor: torch.Tensor, note: Mapping[str, Any] | None = None) -> None:
         """Write one tensor to its place.
+
+        Args:
+            name: One of `names`.
+            tensor: What to store.
+            note: What a resumed run should know of it, as JSON; see `notes`.
 
         Raises:
             CheckpointError: Unknown or already written name, another shape or dtype than `spec`
@@ -124,6 +140,8 @@ class Writer:
                 f"{self.target}: {name}: got {tensor.dtype} {list(tensor.shape)}, "
                 f"wanted {spec.dtype} {list(spec.shape)}"
             )
+        if note is not None:
+            self._stage.notes[name] = dict(note)
         self._put(spec, (tensor_bytes(tensor.cpu()),))
 
     def copy(self, name: str) -> None:
@@ -138,35 +156,48 @@ class Writer:
         else:
             self.write(name, self._like.read(name).to(spec.dtype))
 
+    def copy_rest(self) -> None:
+        """Copy every tensor that is not written yet."""
+        for name in self.names:
+            if name not in self._done:
+                self.copy(name)
+
     def finish(
         self,
         extra_json: Mapping[str, Any] | None = None,
         *,
+        extra_files: Mapping[str, str | bytes] | None = None,
         side_files: Mapping[str, Path] | None = None,
         library: str = "transformers",
     ) -> None:
         """Add everything besides weights, and give the directory its name.
 
         Args:
-            extra_json: Further entries of ``curvkern.json``.
+            extra_json: Further entries of ``curvkern.json``; NaN and infinity become null.
+            extra_files: Plain file name to contents (text is stored as UTF-8).
             side_files: Files to copy, by path in the output; default: those beside ``like``.
             library: What loads the output, for the model card.
 
         Raises:
-            CheckpointError: A tensor was not written, an entry is not JSON, or a full disk.
+            CheckpointError: A tensor was not written, an entry is not JSON, an extra file has the name
+                of another one, or a full disk.
         """
         missing = [name for name in self.names if name not in self._done]
         if missing:
             raise CheckpointError(f"{self.target}: not written: {listed(missing)}")
-        record = as_json(describe(self._signature, self._sources, _plain(extra_json or {})))
+        side_files = self._like.side_files() if side_files is None else side_files
+        own = {"README.md": model_card(self.target, self._recipe, self._sources, library).encode()}
+        if self._like.indexed:
+            own[_INDEX] = as_json(self._layout.index())
+        taken = {*self._layout.heads, *side_files, *own, RECORD, STATE}
+        extra = {name: _extra_file(self.target, name, text, taken) for name, text in (extra_files or {}).items()}
+        files = taken - {STATE} | {*extra}
+        record = as_json(describe(self._signature, self._sources, files, plain(extra_json or {})))
         with self._disk("writing the last files"):
-            for name, path in (self._like.side_files() if side_files is None else side_files).items():
+            for name, path in side_files.items():
                 self._stage.write(name, self._side_file(name, path))
-            if self._like.indexed:
-                self._stage.write(_INDEX, as_json(self._layout.index()))
-            card = model_card(self.target, self._recipe, self._sources, library)
-            self._stage.write("README.md", card.encode())
-            self._stage.write(RECORD, record)
+            for name, contents in {**own, **extra, RECORD: record}.items():
+                self._stage.write(name, contents)
             self._stage.publish()
         self._finished = True
 
@@ -262,12 +293,18 @@ class Writer:
             raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{kept}") from error
 
 
-def _plain(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``entries`` as they will read back from JSON, which has no NaN."""
+def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str]) -> bytes:
+    if name in taken or Path(name).name != name:
+        raise CheckpointError(f"{target}: extra file {name!r}: wanted a plain name that no other file has")
+    return contents.encode() if isinstance(contents, str) else contents
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
     try:
-        return json.loads(json.dumps(dict(entries), allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"curvkern.json: the recipe or an entry is not JSON: {error}") from error
+        contents = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return {"bytes": len(contents), "crc32": zlib.crc32(contents)}
 
 
 def _allocate(fd: int, size: int) -> None:

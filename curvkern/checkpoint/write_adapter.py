@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ class AdapterWriter:
         resume: bool = False,
         recipe: Mapping[str, Any] | None = None,
         inputs: Mapping[str, Source | Adapter] | None = None,
+        data: Mapping[str, Path] | None = None,
     ) -> None:
         """Check the target and lay out the file.
 
@@ -37,9 +38,11 @@ class AdapterWriter:
             out: The directory to make.
             like: Gives layout, settings and every tensor that is not written.
             overwrite: Replace a checkpoint at ``out``, once the new one is whole.
-            resume: Take over what a killed run left (an adapter is one file: it starts again).
+            resume: Take over what a killed run left (an adapter is one file: it is there whole, or
+                starts again).
             recipe: What is being done, as JSON; goes into ``curvkern.json``.
             inputs: Role to every input; default: ``like`` alone.
+            data: Role to every other file that decides what is written, such as prompts.
 
         Raises:
             CheckpointError: As `Writer`.
@@ -52,16 +55,30 @@ class AdapterWriter:
             resume=resume,
             recipe=recipe,
             inputs={"like": like} if inputs is None else inputs,
+            data=data,
         )
         self.target = self._writer.target
 
-    def write(self, name: str, b: torch.Tensor, a: torch.Tensor) -> None:
+    @property
+    def done(self) -> Set[str]:
+        """Checkpoint names of the weights whose factors are written, by an earlier run or this one."""
+        return {name for name in self._like.names if self._like.place(name).b_key in self._writer.done}
+
+    @property
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """What was noted of the weights in `done`, by an earlier run or this one."""
+        notes = self._writer.notes
+        keys = {name: self._like.place(name).b_key for name in self._like.names}
+        return {name: notes[key] for name, key in keys.items() if key in notes}
+
+    def write(self, name: str, b: torch.Tensor, a: torch.Tensor, note: Mapping[str, Any] | None = None) -> None:
         """Write new factors for the checkpoint weight ``name``, in the orientation of `LoraFactors`.
 
         Args:
             name: One of the adapter's ``names``.
             b: [rows of the weight, r], in the adapter's dtype.
             a: [r, columns of the weight], in the adapter's dtype.
+            note: What a resumed run should know of it, as JSON; see `notes`.
 
         Raises:
             CheckpointError: The adapter does not change ``name``, or shapes or dtypes differ.
@@ -69,19 +86,30 @@ class AdapterWriter:
         place = self._like.place(name)
         if place.transposed:
             b, a = a.T, b.T
-        self._writer.write(place.b_key, b)
+        self._writer.write(place.b_key, b, note)
         self._writer.write(place.a_key, a)
 
-    def finish(self, extra_json: Mapping[str, Any] | None = None) -> None:
+    def copy_rest(self) -> None:
+        """Copy every tensor that is not written yet."""
+        self._writer.copy_rest()
+
+    def finish(
+        self,
+        extra_json: Mapping[str, Any] | None = None,
+        *,
+        extra_files: Mapping[str, str | bytes] | None = None,
+    ) -> None:
         """Copy every other tensor, the settings and the tokenizer files; name the directory.
+
+        Args:
+            extra_json: Further entries of ``curvkern.json``; NaN and infinity become null.
+            extra_files: Plain file name to contents (text is stored as UTF-8).
 
         Raises:
             CheckpointError: An entry is not JSON, or a full disk.
         """
-        for key in self._writer.names:
-            if key not in self._writer.done:
-                self._writer.copy(key)
-        self._writer.finish(extra_json, side_files=self._like.side_files(), library="peft")
+        self.copy_rest()
+        self._writer.finish(extra_json, extra_files=extra_files, side_files=self._like.side_files(), library="peft")
 
     def abort(self) -> None:
         """Give up: nothing appears at ``OUT``."""

@@ -24,11 +24,16 @@ def write_page(report: Report, path: Path) -> None:
         report: what to show.
         path: file to make; its directory exists.
     """
+    path.write_text(render_page(report), encoding="utf-8")
+
+
+def render_page(report: Report) -> str:
+    """The report's page as HTML."""
     plots = [
         svg(lambda axes: _changed(axes, report.modules), 7, 2.6),
         svg(lambda axes: _norms(axes, report.modules), 7, 2.6),
     ]
-    path.write_text(render("report.html", report=report, plots=plots), encoding="utf-8")
+    return render("report.html", report=report, plots=plots)
 
 
 def render(template: str, **values: Any) -> str:

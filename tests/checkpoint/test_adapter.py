@@ -131,7 +131,7 @@ def test_pickled_adapter(save, adapt):
     with Adapter.open(directory) as adapter:
         wanted = {name: adapter.factors(name) for name in adapter.names}
     (directory / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="allow_pickle=True"):
+    with pytest.raises(CheckpointError, match="Convert them to safetensors"):
         Adapter.open(directory)
     with Adapter.open(directory, allow_pickle=True) as adapter:
         assert all(torch.equal(adapter.factors(n).B, wanted[n].B) for n in wanted)
@@ -326,3 +326,39 @@ def test_adapter_writer_refuses(save, adapt, tmp_path):
             AdapterWriter(directory, adapter, overwrite=True)
     assert not out.exists()
     assert not out.with_name("out.partial").exists()
+
+
+@pytest.mark.parametrize("killed", ["before the rename", "before the last tensor"])
+def test_a_killed_adapter_run_resumes(save, adapt, tmp_path, monkeypatch, killed):
+    directory = adapt(save(), modules_to_save=["lm_head"])
+    out = tmp_path / "out"
+    with Adapter.open(directory) as adapter:
+
+        def halve(writer):
+            for name in adapter.names:
+                if name not in writer.done:
+                    factors = adapter.factors(name)
+                    writer.write(name, factors.B * 0.5, factors.A, {"name": name})
+            assert writer.notes == {name: {"name": name} for name in adapter.names}
+            assert writer.done == set(adapter.names)
+
+        def die(*arguments, **options):
+            raise KeyboardInterrupt
+
+        place = {"before the rename": "curvkern.checkpoint.stage.Stage.publish",
+                 "before the last tensor": "curvkern.checkpoint.write.Writer.copy"}[killed]  # fmt: skip
+        with monkeypatch.context() as patched:
+            patched.setattr(place, die)
+            with pytest.raises(KeyboardInterrupt), AdapterWriter(out, adapter, resume=True) as writer:
+                halve_and_finish(halve, writer)
+        with AdapterWriter(out, adapter, resume=True) as writer:
+            assert bool(writer.done) == (killed == "before the rename")
+            halve_and_finish(halve, writer)
+        with Adapter.open(out) as written:
+            for name in adapter.names:
+                assert torch.equal(written.factors(name).B, adapter.factors(name).B * 0.5)
+
+
+def halve_and_finish(halve, writer):
+    halve(writer)
+    writer.finish(extra_files={"report.json": "{}"})

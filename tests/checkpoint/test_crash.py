@@ -155,7 +155,7 @@ def test_kill_at_random_times_again_and_again(reference, tmp_path):
     out = tmp_path / "out"
     kills = 0
     while not out.exists():
-        process = FORK.Process(target=restore, args=(source, out), kwargs={"pause": 0.004})
+        process = FORK.Process(target=restore, args=(source, out), kwargs={"pause": 0.01})
         process.start()
         process.join(moments.uniform(0.01, 0.06) if kills < 12 else None)
         kills += process.is_alive()
@@ -216,8 +216,45 @@ def test_resume_refuses_what_changed(save, tmp_path):
     assert "recipe.method was 'halve', is 'double'" in refusal(recipe={"method": "double"})
     assert "inputs.like.files.model-00001-of-00005.safetensors.sample_crc32 was" in refusal(save("other", seed=1))
     assert "output.model-00001-of-00005.safetensors.bytes was" in refusal(dtype=torch.bfloat16)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("{}")
+    assert "inputs.harmful was None, is {'bytes': 2," in refusal(data={"harmful": prompts})
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("curvkern.checkpoint.write.versions", lambda: {"curvkern": "99"})
+        assert "software was" in refusal()
     restore(source, out)
     assert out.exists()
+
+
+def test_resume_refuses_other_contents_under_the_same_path(save, tmp_path):
+    source, out, prompts = save(), tmp_path / "out", tmp_path / "prompts.jsonl"
+    prompts.write_text("one")
+    run_until(30, source, out, data={"harmful": prompts})
+    prompts.write_text("two")
+    with pytest.raises(CheckpointError, match=r"begun differently: inputs.harmful.crc32 was \d+, is \d+"):
+        restore(source, out, data={"harmful": prompts})
+
+
+def test_notes_of_finished_shards_come_back(save, tmp_path):
+    source, out = save(), tmp_path / "out"
+    note = {"norm": 0.1, "cosine": float("inf"), "notes": {"rank": 3}}
+    with Checkpoint.open(source) as checkpoint:
+        names = [n for n in checkpoint.names if checkpoint.spec(n).file in checkpoint.files[:2]]
+
+        def note_and_fail(writer):
+            for name in names[:-1]:
+                writer.write(name, checkpoint.read(name), note)
+            assert writer.notes.keys() == set(names[:-1])
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError), Writer(out, checkpoint, resume=True) as writer:
+            note_and_fail(writer)
+        with Writer(out, checkpoint, resume=True) as writer:
+            first = [n for n in names if checkpoint.spec(n).file == checkpoint.files[0]]
+            assert writer.notes == dict.fromkeys(first, note)
+            writer.copy_rest()
+            writer.finish()
+    assert "notes" not in json.loads((out / "curvkern.json").read_text())
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -275,8 +312,8 @@ def test_everything_reaches_the_disk_before_it_counts(source, tmp_path, monkeypa
     def synced(fd):
         path = Path(os.readlink(f"/proc/self/fd/{fd}"))
         events.append(path.name)
-        if path.name == "curvkern.json.tmp":
-            events.append(json.loads(path.read_text()).get("complete", "whole"))
+        if path.name == "curvkern.unfinished.json.tmp":
+            events.append(json.loads(path.read_text())["complete"])
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", synced)
@@ -289,7 +326,7 @@ def test_everything_reaches_the_disk_before_it_counts(source, tmp_path, monkeypa
     end = events.index("renamed")
     for path in (tmp_path / "out").iterdir():
         assert path.name in events[:end] or f"{path.name}.tmp" in events[:end]
-    assert events[end - 2 :] == ["whole", "out.partial", "renamed", tmp_path.name]
+    assert events[end - 2 :] == ["curvkern.json.tmp", "out.partial", "renamed", tmp_path.name]
 
 
 def test_a_disk_too_full_for_the_first_byte(source, tmp_path, monkeypatch):
@@ -372,4 +409,4 @@ def test_peak_memory_stays_within_the_bound(tmp_path):
     peak, *imported = run.stdout.split()
     assert int(peak) < 96 << 20
     assert imported == []
-    assert (tmp_path / "out" / "tuned.safetensors").stat().st_size > 128 << 20
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 128 << 20

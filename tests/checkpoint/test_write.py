@@ -177,7 +177,7 @@ def test_every_dtype_and_odd_shapes(tmp_path):
                 writer.write(name, tensors[name])
         writer.finish()
     wanted = (tmp_path / "odd.safetensors").read_bytes()
-    assert (tmp_path / "out" / "odd.safetensors").read_bytes() == wanted
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == wanted
 
 
 def test_safetensors_accepts_each_file(source, tmp_path):
@@ -236,7 +236,9 @@ def test_only_what_belongs_is_copied(save, tmp_path):
         (lambda w: [w.copy(w.names[0]), w.copy(w.names[0])], "is written already"),
         (lambda w: w.finish(), "not written: model.embed_tokens.weight, .* and 13 more"),
         (lambda w: [copy_all(w), w.finish({"recipe": {}})], "recipe is taken"),
-        (lambda w: [copy_all(w), w.finish({"loss": float("inf")})], "not JSON: Out of range"),
+        (lambda w: [copy_all(w), w.finish({"notes": {}})], "notes is taken"),
+        (lambda w: [copy_all(w), w.finish(extra_files={"config.json": "{}"})], "wanted a plain name that no other"),
+        (lambda w: [copy_all(w), w.finish(extra_files={"../report.json": "{}"})], "wanted a plain name"),
         (lambda w: [copy_all(w), w.finish({"report": object()})], "not JSON"),
         (lambda w: None, "left before finish"),
     ],
@@ -249,11 +251,38 @@ def test_misuse_leaves_nothing(source, tmp_path, act, message):
     assert leftovers(out) == []
 
 
-@pytest.mark.parametrize("recipe", [{"f": object()}, {"x": float("nan")}])
-def test_a_recipe_is_json(source, tmp_path, recipe):
+def test_a_recipe_is_json(source, tmp_path):
     with pytest.raises(CheckpointError, match="not JSON"):
-        Writer(tmp_path / "out", source, recipe=recipe)
+        Writer(tmp_path / "out", source, recipe={"f": object()})
     assert leftovers(tmp_path / "out") == []
+
+
+def test_figures_that_are_not_finite_become_null(source, tmp_path):
+    recipe = {"x": float("nan"), "deep": [{"y": (1.5, float("-inf"))}]}
+    with Writer(tmp_path / "out", source, recipe=recipe) as writer:
+        copy_all(writer)
+        writer.finish({"loss": float("inf"), "gain": 0.1})
+    record = json.loads((tmp_path / "out/curvkern.json").read_text())
+    assert record["recipe"] == {"x": None, "deep": [{"y": [1.5, None]}]}
+    assert (record["loss"], record["gain"]) == (None, 0.1)
+
+
+def test_extra_files_appear_with_the_output(source, tmp_path, monkeypatch):
+    rename, present = type(tmp_path).rename, []
+
+    def renamed(self, target):
+        present.extend(p.name for p in self.iterdir())
+        return rename(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "rename", renamed)
+    with Writer(tmp_path / "out", source) as writer:
+        writer.copy_rest()
+        writer.finish(extra_files={"report.html": "<p>\u00e9</p>", "plot.png": b"\x89"})
+    assert {"report.html", "plot.png", "curvkern.json"} <= set(present)
+    assert (tmp_path / "out/report.html").read_bytes() == "<p>\u00e9</p>".encode()
+    assert (tmp_path / "out/plot.png").read_bytes() == b"\x89"
+    record = json.loads((tmp_path / "out/curvkern.json").read_text())
+    assert record["files"] == sorted(p.name for p in (tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
@@ -279,7 +308,7 @@ def test_refuses_targets(source, save, tmp_path):
         return str(caught.value)
 
     held = save("held", seed=3)
-    assert "exists and is not empty (pass overwrite=True to replace it)" in refusal(held)
+    assert "exists and is not empty; pass overwrite=True (--overwrite) to replace it" in refusal(held)
     (tmp_path / "file").write_text("")
     assert "is a file" in refusal(tmp_path / "file", overwrite=True)
     (tmp_path / "home").mkdir()
@@ -301,8 +330,54 @@ def test_refuses_targets(source, save, tmp_path):
     assert "an earlier output, left when its replacement was cut short" in refusal(tmp_path / "lost")
     (tmp_path / "file.d").write_text("")
     assert "Not a directory" in refusal(tmp_path / "file.d" / "out")
-    assert held.is_dir()
+    (held / "notes.txt").write_text("")
+    assert "holds notes.txt, which no checkpoint has" in refusal(held, overwrite=True)
+    (held / "notes.txt").unlink()
+    (held / "results").mkdir()
+    assert "holds results/, which no checkpoint has" in refusal(held, overwrite=True)
     assert (tmp_path / "lost.previous").is_dir()
+
+
+def test_paths_used_meanwhile_are_not_inputs(save, tmp_path):
+    unfinished = save("out.partial")
+    with (
+        Checkpoint.open(unfinished) as source,
+        pytest.raises(CheckpointError, match=r"by way of .*out\.partial, which"),
+    ):
+        Writer(tmp_path / "out", source)
+    assert (unfinished / "config.json").is_file()
+    with Checkpoint.open(save("a")) as source, Writer(tmp_path / "mine.partial", source) as writer:
+        copy_all(writer)
+        writer.finish()
+    with Checkpoint.open(tmp_path / "a") as source, pytest.raises(CheckpointError, match="not an unfinished output"):
+        Writer(tmp_path / "mine", source)
+    assert (tmp_path / "mine.partial" / "curvkern.json").is_file()
+
+
+def test_what_links_point_to_is_not_replaced(save, tmp_path):
+    """As in the hub's cache: a snapshot of links to files elsewhere."""
+    blobs = save("blobs")
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "abc123"
+    snapshot.mkdir(parents=True)
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(file)
+    with Checkpoint.open(snapshot) as source:
+        with pytest.raises(CheckpointError, match="overlaps the input"):
+            Writer(blobs, source, overwrite=True)
+        with Writer(tmp_path / "out", source, inputs={"tuned": source}) as writer:
+            copy_all(writer)
+            writer.finish()
+    assert "org/name@abc123" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_code_of_the_model_travels(save, tmp_path):
+    directory = save()
+    for name in ("modeling_mine.py", "helpers.py", "tokenizer.model"):
+        (directory / name).write_text("x")
+    with Checkpoint.open(directory) as source, Writer(tmp_path / "out", source) as writer:
+        copy_all(writer)
+        writer.finish()
+    assert all((tmp_path / "out" / name).is_file() for name in ("modeling_mine.py", "helpers.py", "tokenizer.model"))
 
 
 def test_an_empty_target_is_fine(source, tmp_path):
@@ -369,5 +444,5 @@ def test_side_by_side_file_without_directory_of_its_own(source, tmp_path):
     with Checkpoint.open(file) as single, Writer(tmp_path / "out", single) as writer:
         copy_all(writer)
         writer.finish()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"weights.safetensors", "curvkern.json", "README.md"}
-    assert (tmp_path / "out" / "weights.safetensors").read_bytes() == file.read_bytes()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "curvkern.json", "README.md"}
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes()
