@@ -52,8 +52,8 @@ inline void rounds(Lanes (&c)[4], uint32_t key_lo, uint32_t key_hi) {
 // words[k][j]: word k of Philox index first + j, for j in [0, count) at least; count <= kIndices. words: 64-byte
 // aligned.
 inline void philox_words(uint32_t (&words)[4][kIndices], uint64_t first, int64_t count, uint64_t seed) {
-  const uint32_t key_lo = static_cast<uint32_t>(seed), key_hi = static_cast<uint32_t>(seed >> 32);
 #if defined(__AVX2__)
+  const uint32_t key_lo = static_cast<uint32_t>(seed), key_hi = static_cast<uint32_t>(seed >> 32);
   constexpr int64_t kLanes = sizeof(Lanes) / 4;
   for (int64_t j = 0; j < count; j += kLanes) {
     alignas(64) uint32_t low[kLanes], high[kLanes];

@@ -146,7 +146,7 @@ def loss() -> list[Case]:
 
         read = 2 if function == "kl_to_reference" else 1
         moved = read * tokens * (hidden or vocab) * dtype.itemsize + vocab * hidden * dtype.itemsize
-        label = f"{tokens}x{vocab}" + (f" d{hidden}" if hidden else "")
+        label = f"{tokens}x{vocab}" + (f" lm_head {hidden}" if hidden else "")
         flops = read * 2 * tokens * vocab * hidden
         return Case("loss", function, label, dtype, size, make, bytes=moved, flops=flops)
 

@@ -195,7 +195,10 @@ class Stage:
         return path.stat().st_size if path.is_file() else -1
 
     def _clear(self) -> None:
+        """Remove all but the state, without which no later run would know the rest for its own."""
         for path in self.directory.iterdir():
+            if path.name == STATE:
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

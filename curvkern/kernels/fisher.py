@@ -281,9 +281,9 @@ def _ahead(
         constants = {"OUT": mode, "STATISTIC": "square", "TOKEN": token, "PRECISION": exact, "GROUP": GROUP}
         constants |= {"DESCRIPTORS": descriptors, "SUB_O": sub[0], "SUB_I": sub[1]}
         constants |= {"BLOCK_O": tile.block_o, "BLOCK_I": tile.block_i, "BLOCK_K": tile.block_k}
-        return Ahead(
-            fisher_kernel, signature | kinds, absent | constants, tile.options, matrix=exact not in ("ieee", "guarded")
-        )
+        # The matrix instruction of a warp group spans 64 rows; a smaller tile takes that of a warp.
+        matrix = exact not in ("ieee", "guarded") and (generation != 9 or tile.block_o >= 64)
+        return Ahead(fisher_kernel, signature | kinds, absent | constants, tile.options, matrix=matrix)
 
     return on_each_target(specialise)
 

@@ -37,7 +37,9 @@ def wrong(*args, **kwargs):
 @pytest.mark.parametrize("case", [case for case in ALL if case.size != "edge"], ids=str)
 def test_measured_cases_declare_their_work(case):
     assert case.bytes > 0
-    assert (case.flops > 0) == (case.op in ("fisher", "subspace"))
+    assert (case.flops > 0) == (
+        case.op in ("fisher", "subspace", "obs") or case.function == "gram_" or "lm_head" in case.label
+    )
 
 
 def test_no_two_cases_share_a_name():
