@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from curvkern.checkpoint import Checkpoint
 
 VOCABULARY = 64
 
@@ -111,3 +113,10 @@ def llama() -> Callable[..., LlamaForCausalLM]:
 @pytest.fixture
 def tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return _tokenizer
+
+
+@pytest.fixture
+def source(save: Callable[..., Path]) -> Iterator[Checkpoint]:
+    """A tiny Llama in five shards."""
+    with Checkpoint.open(save()) as checkpoint:
+        yield checkpoint

@@ -11,20 +11,8 @@ from transformers import AutoModelForCausalLM
 from curvkern.checkpoint import Checkpoint, CheckpointError, Writer
 
 
-@pytest.fixture
-def source(save):
-    with Checkpoint.open(save()) as checkpoint:
-        yield checkpoint
-
-
-def copy_all(writer):
-    for name in writer.names:
-        if name not in writer.done:
-            writer.copy(name)
-
-
-def copy_all_and(writer, act):
-    copy_all(writer)
+def copy_and(writer, act):
+    writer.copy_rest()
     act()
 
 
@@ -82,7 +70,7 @@ def test_paths_used_meanwhile_are_not_inputs(save, tmp_path):
         Writer(tmp_path / "out", source)
     assert (unfinished / "config.json").is_file()
     with Checkpoint.open(save("a")) as source, Writer(tmp_path / "mine.partial", source) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     with Checkpoint.open(tmp_path / "a") as source, pytest.raises(CheckpointError, match="not an unfinished output"):
         Writer(tmp_path / "mine", source)
@@ -100,7 +88,7 @@ def test_what_links_point_to_is_not_replaced(save, tmp_path):
         with pytest.raises(CheckpointError, match="overlaps the input"):
             Writer(blobs, source, overwrite=True)
         with Writer(tmp_path / "out", source, inputs={"tuned": source}) as writer:
-            copy_all(writer)
+            writer.copy_rest()
             writer.finish()
     assert "org/name@abc123" in (tmp_path / "out" / "README.md").read_text()
 
@@ -108,7 +96,7 @@ def test_what_links_point_to_is_not_replaced(save, tmp_path):
 def test_an_empty_target_is_fine(source, tmp_path):
     (tmp_path / "out").mkdir()
     with Writer(tmp_path / "out", source) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     assert (tmp_path / "out" / "config.json").exists()
 
@@ -117,10 +105,10 @@ def test_overwrite_swaps_at_the_end(source, save, tmp_path, contents):
     out = save("out", seed=5, shard="1GB")
     before = contents(out)
     with pytest.raises(InterruptedError), Writer(out, source, overwrite=True) as writer:
-        copy_all_and(writer, fail)
+        copy_and(writer, fail)
     assert contents(out) == before
     with Writer(out, source, overwrite=True) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         assert contents(out) == before
         writer.finish()
     assert sorted(p.name for p in out.glob("*.safetensors")) == list(source.files)
@@ -140,7 +128,7 @@ def test_a_failed_swap_puts_the_old_output_back(source, save, monkeypatch, conte
     monkeypatch.setattr(type(out), "rename", rename)
     writer = Writer(out, source, overwrite=True)
     with pytest.raises(CheckpointError, match="Input/output error"), writer:
-        copy_all_and(writer, writer.finish)
+        copy_and(writer, writer.finish)
     assert contents(out) == before
     assert leftovers(out) == []
 
@@ -149,7 +137,7 @@ def test_a_target_that_appears_meanwhile_is_kept(source, save, tmp_path):
     writer = Writer(tmp_path / "out", source)
     save("out", seed=5)
     with pytest.raises(CheckpointError, match="appeared while"), writer:
-        copy_all_and(writer, writer.finish)
+        copy_and(writer, writer.finish)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out") is not None
 
 
@@ -158,6 +146,6 @@ def test_one_writer_at_a_time(source, tmp_path):
         for resume in (False, True):
             with pytest.raises(CheckpointError, match="another run is writing there"):
                 Writer(tmp_path / "out", source, resume=resume)
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 5

@@ -18,27 +18,6 @@ from curvkern.checkpoint import Bundle, Checkpoint, CheckpointError, Writer, ope
 from curvkern.checkpoint.format import DTYPES
 
 
-@pytest.fixture
-def source(save):
-    with Checkpoint.open(save()) as checkpoint:
-        yield checkpoint
-
-
-def copy_all(writer):
-    for name in writer.names:
-        if name not in writer.done:
-            writer.copy(name)
-
-
-def copy_all_and(writer, act):
-    copy_all(writer)
-    act()
-
-
-def fail():
-    raise InterruptedError
-
-
 def leftovers(out):
     return [p.name for p in out.parent.iterdir() if p.name.startswith(f"{out.name}.")]
 
@@ -50,7 +29,7 @@ def test_copying_all_gives_the_same_files(save, generate, tmp_path, shard, dtype
     directory = save(shard=shard, dtype=dtype, tie_word_embeddings=tied)
     out = tmp_path / "deep" / "out"
     with Checkpoint.open(directory) as checkpoint, Writer(out, checkpoint) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     for file in directory.iterdir():
         if file.name != "model.safetensors.index.json":
@@ -94,7 +73,7 @@ def test_layout_of_an_adapter_view(save, generate, tmp_path):
     merged = tuned.merge_and_unload().state_dict()
     with Checkpoint.open(base) as aligned, open_tuned(tmp_path / "adapter", aligned) as view:
         with Writer(tmp_path / "out", view) as writer:
-            copy_all(writer)
+            writer.copy_rest()
             writer.finish()
         assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
         for path in base.glob("*token*"):
@@ -121,7 +100,7 @@ def test_pickled_input_becomes_safetensors(save, generate, tmp_path):
     (legacy / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
     checkpoint = Checkpoint.open(legacy, allow_pickle=True)
     with checkpoint, Writer(tmp_path / "out", checkpoint) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     assert (tmp_path / "out" / "model-00001-of-00002.safetensors").exists()
     assert not list((tmp_path / "out").glob("*.bin*"))
@@ -138,7 +117,7 @@ def test_another_dtype(save, generate, tmp_path, dtype):
             name = writer.names[0]
             assert writer.spec(name).dtype == dtype
             writer.write(name, checkpoint.read(name).to(dtype))
-            copy_all(writer)
+            writer.copy_rest()
             writer.finish()
         with Checkpoint.open(tmp_path / "out") as written:
             for name in written.names:
@@ -181,7 +160,7 @@ def test_every_dtype_and_odd_shapes(tmp_path):
 
 def test_safetensors_accepts_each_file(source, tmp_path):
     with Writer(tmp_path / "out", source) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == source.nbytes
@@ -199,7 +178,7 @@ def test_modes_follow_the_umask(source, tmp_path, mask, files, directories):
     before = os.umask(mask)
     try:
         with Writer(tmp_path / "out", source) as writer:
-            copy_all(writer)
+            writer.copy_rest()
             writer.finish()
     finally:
         os.umask(before)
@@ -217,7 +196,7 @@ def test_only_what_belongs_is_copied(save, tmp_path):
     (directory / "additional_chat_templates").mkdir()
     (directory / "additional_chat_templates" / "tool.jinja").write_text("t")
     with Checkpoint.open(directory) as checkpoint, Writer(tmp_path / "out", checkpoint) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*")}
     assert {*extra, "additional_chat_templates/tool.jinja", "chat_template.jinja"} <= written
@@ -234,11 +213,11 @@ def test_only_what_belongs_is_copied(save, tmp_path):
         (lambda w: w.copy("ghost"), "no tensor ghost in the layout"),
         (lambda w: [w.copy(w.names[0]), w.copy(w.names[0])], "is written already"),
         (lambda w: w.finish(), "not written: model.embed_tokens.weight, .* and 13 more"),
-        (lambda w: [copy_all(w), w.finish({"recipe": {}})], "recipe is taken"),
-        (lambda w: [copy_all(w), w.finish({"notes": {}})], "notes is taken"),
-        (lambda w: [copy_all(w), w.finish(extra_files={"config.json": "{}"})], "wanted a plain name that no other"),
-        (lambda w: [copy_all(w), w.finish(extra_files={"../report.json": "{}"})], "wanted a plain name"),
-        (lambda w: [copy_all(w), w.finish({"report": object()})], "not JSON"),
+        (lambda w: [w.copy_rest(), w.finish({"recipe": {}})], "recipe is taken"),
+        (lambda w: [w.copy_rest(), w.finish({"notes": {}})], "notes is taken"),
+        (lambda w: [w.copy_rest(), w.finish(extra_files={"config.json": "{}"})], "wanted a plain name that no other"),
+        (lambda w: [w.copy_rest(), w.finish(extra_files={"../report.json": "{}"})], "wanted a plain name"),
+        (lambda w: [w.copy_rest(), w.finish({"report": object()})], "not JSON"),
         (lambda w: None, "left before finish"),
     ],
 )
@@ -259,7 +238,7 @@ def test_a_recipe_is_json(source, tmp_path):
 def test_figures_that_are_not_finite_become_null(source, tmp_path):
     recipe = {"x": float("nan"), "deep": [{"y": (1.5, float("-inf"))}]}
     with Writer(tmp_path / "out", source, recipe=recipe) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish({"loss": float("inf"), "gain": 0.1})
     record = json.loads((tmp_path / "out/curvkern.json").read_text())
     assert record["recipe"] == {"x": None, "deep": [{"y": [1.5, None]}]}
@@ -305,7 +284,7 @@ def test_code_of_the_model_travels(save, tmp_path):
     for name in ("modeling_mine.py", "helpers.py", "tokenizer.model"):
         (directory / name).write_text("x")
     with Checkpoint.open(directory) as source, Writer(tmp_path / "out", source) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     assert all((tmp_path / "out" / name).is_file() for name in ("modeling_mine.py", "helpers.py", "tokenizer.model"))
 
@@ -314,7 +293,7 @@ def test_side_by_side_file_without_directory_of_its_own(source, tmp_path):
     file = tmp_path / "weights.safetensors"
     shutil.copy(source.path / source.files[0], file)
     with Checkpoint.open(file) as single, Writer(tmp_path / "out", single) as writer:
-        copy_all(writer)
+        writer.copy_rest()
         writer.finish()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"model.safetensors", "curvkern.json", "README.md"}
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == file.read_bytes()
