@@ -94,8 +94,17 @@ def bench(
     compare: Annotated[Path | None, typer.Option(help="Earlier CSV; this machine's in benchmarks/results.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to replace, or directory for <machine>.csv.")] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
+    tune_: Annotated[bool, typer.Option("--tune", help="Find and keep the fastest launches on this GPU.")] = False,
 ) -> None:
     """Measure the ops here against plain torch and other libraries; exit 1 if one is wrong or slower than before."""
+    if tune_:
+        import torch
+
+        from curvkern.bench.tune import tune
+
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        typer.echo(tune(torch.device(where), size or "m"))
+        return
     from curvkern.bench.run import run
 
     status = run(

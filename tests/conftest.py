@@ -54,12 +54,15 @@ def device():
     return DEVICE
 
 
-def assert_no_worse_than_torch(got, same_dtype, exact, *, factor=2.0):
-    """The error against float64 is at most twice that of the same-dtype torch reference, plus a few roundings."""
+def assert_no_worse_than_torch(got, same_dtype, exact, *, factor=2.0, size=0.0):
+    """The error against float64 is at most twice that of the same-dtype torch reference, plus a few roundings.
+
+    Of a result that may be small because its terms cancel, ``size`` says how large it would be if they did not.
+    """
     exact = exact.double()
     error = (got.double() - exact).abs().max().item() if exact.numel() else 0.0
     allowed = (same_dtype.double() - exact).abs().max().item() if exact.numel() else 0.0
-    scale = exact.abs().max().item() if exact.numel() else 0.0
+    scale = max(exact.abs().max().item() if exact.numel() else 0.0, size)
     limit = factor * allowed + 4 * torch.finfo(got.dtype).eps * scale
     assert error <= limit, f"error {error:.3e} against float64; torch's own is {allowed:.3e}, the limit {limit:.3e}"
 

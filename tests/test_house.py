@@ -42,16 +42,16 @@ MAY_IMPORT = {
         {"__init__", "checkpoint", "ops", "curvature", "methods", "evaluate", "report", "restore", "training"},
         {"torch", "transformers", "tokenizers", "peft", "rich", "matplotlib"},
     ),
-    # Compiles references for comparison, so it asks the registry for them; makes the models of the pass.
+    # Compiles references for comparison, so it asks the registry for them; tunes kernels; makes the models of the pass.
     "bench": (
-        {"__init__", "backend", "ops", "report"},
+        {"__init__", "backend", "kernels", "ops", "report"},
         {"torch", "rich", "matplotlib", "safetensors", "transformers", "tokenizers"},
     ),
     # Says where _C lies, without importing it.
     "env": ({"__init__", "backend", "ops", "_C"}, {"torch"}),
     "cli": (
         {"__init__", "restore", "recipe", "report", "demo", "env", "bench", "checkpoint", "curvature"},
-        {"typer", "yaml"},
+        {"typer", "yaml", "torch"},
     ),
 }
 
@@ -64,6 +64,7 @@ NO_OPS = {
     "curvkern/ops/mix_passes.py": "the passes that mix is made of",
     "curvkern/ops/philox.py": "random words, which ops regenerate instead of storing",
     "curvkern/kernels/philox.py": "the same in Triton",
+    "curvkern/kernels/tuned.py": "launches measured on this GPU",
     "curvkern/ops/score.py": "scores and gates, which select and rollback share",
     "curvkern/ops/selector.py": "the class over select's ops",
     "curvkern/ops/alignment_scores.py": "scores from small Grams, over subspace's map",

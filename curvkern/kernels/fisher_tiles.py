@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from curvkern.kernels.packed import generation
+from curvkern.kernels.tuned import launch_of
 
 
 class Tiling(NamedTuple):
@@ -43,7 +44,14 @@ def tile_of(batch: Any, weight_grad: Tensor | None, token: bool) -> Tiling:
     device, dtypes = batch.grad_output.device, {batch.grad_output.dtype, batch.activation.dtype}
     plain = len(dtypes) == 1 and weight_grad is None and not token
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return tiling(o, i, batch.experts, torch.float32 in dtypes, plain, generation(device), processors)
+    wide = torch.float32 in dtypes
+    own = tiling(o, i, batch.experts, wide, plain, generation(device), processors)
+    if own.block_o * own.block_i < (64 * 64 if wide else 128 * 64):
+        return own  # cut down for a small weight
+    kind = "wide" if wide else "plain" if plain else "token" if token else "two sums"
+    sides = {"block_o": own.block_o, "block_i": own.block_i, "block_k": own.block_k}
+    found = launch_of(f"fisher {kind}", device, sides | own.options)
+    return Tiling(*(found[side] for side in sides), options={name: found[name] for name in own.options})
 
 
 class Steps(NamedTuple):

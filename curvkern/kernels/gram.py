@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvkern.kernels import Ahead, on_each_target
 from curvkern.kernels.packed import kept_tokens, load_tokens, precision, precision_on, product, rows_of
+from curvkern.kernels.tuned import launch_of
 
 STRIP = 128  # columns that a program of column_sumsq_ owns
 SHARES = 64  # parts of the tokens, summed in order afterwards
@@ -72,6 +73,9 @@ def gram(gram: Tensor, x: Tensor, mask: Tensor | None, scale: float) -> None:
     if tokens * i == 0:
         return
     block, block_k, options = _tile(x.dtype == torch.float32)
+    kind = "gram wide" if x.dtype == torch.float32 else "gram half"
+    launch = launch_of(kind, x.device, {"block": block, "block_k": block_k, **options})
+    block, block_k, options = launch["block"], launch["block_k"], {name: launch[name] for name in options}
     block = min(block, max(16, triton.next_power_of_2(i)))
     tiles = triton.cdiv(i, block)
     kept = None if mask is None else mask.contiguous().view(torch.uint8)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvkern.kernels import Ahead
 from curvkern.kernels.select import gated, scores, wide_or_zero
+from curvkern.kernels.tuned import launch_of
 
 BLOCK = 2048
 
@@ -100,15 +101,16 @@ def rollback(
         return count
     dense = [None if t is None else t.contiguous() for t in (bits, bools, grad, fisher, direction)]
     target = target.contiguous()
-    blocks = triton.cdiv(n, BLOCK)
+    launch_as = launch_of("rollback", weight.device, {"BLOCK": BLOCK, "num_warps": 8})
+    blocks = triton.cdiv(n, launch_as["BLOCK"])
     offsets = totals = None
 
     def launch(ties: Tensor | None) -> None:
         # One device of its own per launch: Triton uses the current one.
         with torch.cuda.device_of(weight):
             rollback_kernel[(blocks,)](
-                count, ties, weight, undo, target, tau, quota, offsets, *dense, n, rule, gate, BLOCK,
-                num_warps=8, enable_fp_fusion=False,
+                count, ties, weight, undo, target, tau, quota, offsets, *dense, n, rule, gate, **launch_as,
+                enable_fp_fusion=False,
             )  # fmt: skip
 
     if tau is not None and quota is not None:
@@ -128,10 +130,11 @@ def blend(weight: Tensor, target: Tensor, alpha: Tensor, tile_rows: int, tile_co
     if n == 0:
         return
     cols = weight.shape[1] if weight.ndim == 2 else n
+    launch = launch_of("blend", weight.device, {"BLOCK": BLOCK, "num_warps": 8})
     with torch.cuda.device_of(weight):
-        blend_kernel[(triton.cdiv(n, BLOCK),)](
+        blend_kernel[(triton.cdiv(n, launch["BLOCK"]),)](
             weight, target.contiguous(), alpha.contiguous(), n, cols, tile_rows, tile_cols,
-            triton.cdiv(cols, tile_cols), BLOCK, num_warps=8, enable_fp_fusion=False,
+            triton.cdiv(cols, tile_cols), **launch, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvkern.kernels import Ahead
+from curvkern.kernels.tuned import launch_of
 
 BLOCK = 1024
 
@@ -122,10 +123,11 @@ def score_histogram(
     if n == 0:
         return
     dense = [None if t is None else t.contiguous() for t in (bits, bools, grad, fisher, direction)]
+    launch = launch_of("score_histogram", weight.device, {"BLOCK": BLOCK, "num_warps": 4})
     with torch.cuda.device_of(weight):
-        score_histogram_kernel[(triton.cdiv(n, BLOCK),)](
-            histogram, tallies, weight.contiguous(), target.contiguous(), boundary, *dense, n, rule, gate, BLOCK,
-            num_warps=4, enable_fp_fusion=False,
+        score_histogram_kernel[(triton.cdiv(n, launch["BLOCK"]),)](
+            histogram, tallies, weight.contiguous(), target.contiguous(), boundary, *dense, n, rule, gate,
+            **launch, enable_fp_fusion=False,
         )  # fmt: skip
 
 

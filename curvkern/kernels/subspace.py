@@ -21,6 +21,7 @@ from torch import Tensor
 from triton import knobs
 
 from curvkern.kernels import Ahead
+from curvkern.kernels.tuned import launch_of
 
 STRIP = 128  # rows or columns of the output that a program owns
 STEP = 32  # how much of the sum it takes at a time
@@ -269,7 +270,7 @@ def _shares(
     return (
         (outer[0], triton.cdiv(summed, length), outer[1]),
         length,
-        options | {"num_warps": WARPS, "num_stages": stages},
+        options | launch_of("alignment_map", weight.device, {"num_warps": WARPS, "num_stages": stages}),
     )
 
 
