@@ -36,6 +36,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+// Stored numbers as plain bits.
+typedef uint32_t Bits32 __attribute__((may_alias));
+typedef uint16_t Bits16 __attribute__((may_alias));
+
 inline float to_float(Float32 x) { return x.value; }
 inline float to_float(BFloat16 x) { return curvkern::float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float to_float(Float16 x) {

@@ -4,6 +4,10 @@
 // one.
 #include "scored.h"
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace curvkern::cpu::CURVKERN_ISA {
 namespace {
 
@@ -27,11 +31,27 @@ void choose(uint32_t* chosen, const Block& b, const float* tau, const int64_t* q
   }
 }
 
+// weight = target where chosen, as bits: what is chosen is copied exactly, and no branch is guessed.
+template <class Bits>
+void take_chosen(void* weight, const void* target, const uint32_t* chosen, int64_t at, int64_t n) {
+  Bits* out = static_cast<Bits*>(weight) + at;
+  const Bits* from = static_cast<const Bits*>(target) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits taken = static_cast<Bits>(chosen[i]);
+    out[i] = static_cast<Bits>((from[i] & taken) | (out[i] & ~taken));
+  }
+}
+
 void write_undo(uint8_t* undo, const uint32_t* chosen, int64_t n) {
   for (int64_t byte = 0; byte * 8 < n; ++byte) {
+#if defined(__AVX2__)
+    undo[byte] =
+        static_cast<uint8_t>(_mm256_movemask_ps(_mm256_load_ps(reinterpret_cast<const float*>(chosen) + byte * 8)));
+#else
     uint32_t bits = 0;
     for (int64_t j = 0; j < 8; ++j) bits |= chosen[byte * 8 + j] & (1u << j);
     undo[byte] = static_cast<uint8_t>(bits);
+#endif
   }
 }
 
@@ -56,11 +76,8 @@ Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target,
       if (undo) write_undo(undo + at / 8, chosen, size);
       total += here;
       if (!here) continue;  // output only where something changed
-      with_dtype(dtype, [&](auto tag) {
-        auto* out = static_cast<decltype(tag)*>(weight) + at;
-        const auto* from = static_cast<const decltype(tag)*>(target) + at;
-        for (int64_t i = 0; i < size; ++i) out[i] = chosen[i] ? from[i] : out[i];
-      });
+      if (dtype == DType::kFloat32) take_chosen<Bits32>(weight, target, chosen, at, size);
+      else take_chosen<Bits16>(weight, target, chosen, at, size);
     }
     __atomic_fetch_add(count, total, __ATOMIC_RELAXED);
   });
