@@ -40,7 +40,30 @@ def mix() -> list[Case]:
     cases = [case(function, shape, dtype, "edge") for function in functions for shape in edges for dtype in FLOATS]
     for function in functions:
         cases += [case(function, shape, dtype, size) for shape, size in measured for dtype in FLOATS[::2]]
-    return cases
+    lists: list[tuple[int, Size]] = [(2, "tiny"), (300, "s"), (1000, "m")]
+    return cases + [_mixed_list(function, count, size) for function in _PASSES for count, size in lists]
+
+
+#: How often a tensor is read or written: once, twice where a sum or a threshold comes first.
+_PASSES = {"linear_list": 4, "slerp_list": 5, "ties_list": 7, "dare_list": 3, "model_stock_list": 7}
+
+
+def _mixed_list(function: str, count: int, size: Size) -> Case:
+    """Norms' weights of a small model: what a call costs."""
+
+    def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        base = [random(64, device=device, seed=3 * i) for i in range(count)]
+        moved = [[random(64, device=device, seed=3 * i + k) for i in range(count)] for k in (1, 2)]
+        first, second = ([t + 0.1 * m for t, m in zip(base, model, strict=True)] for model in moved)
+        return {
+            "linear_list": ([base, first, second], [0.2, 0.3, 0.5]),
+            "slerp_list": (base, moved[0], 0.3),
+            "ties_list": (base, [first, second], 0.2, [1.0, 0.5]),
+            "dare_list": (base, first, 0.5, 7),
+            "model_stock_list": (base, [first, second]),
+        }[function], {}
+
+    return Case("mix", function, f"{count} x 64", torch.float32, size, make, bytes=_PASSES[function] * count * 256)
 
 
 def perturb() -> list[Case]:

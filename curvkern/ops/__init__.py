@@ -45,6 +45,7 @@ from curvkern.ops.mix import (
     ties,
     ties_ref,
 )
+from curvkern.ops.mix_lists import dare_list, linear_list, model_stock_list, slerp_list, ties_list
 from curvkern.ops.obs import obs_sweep_, obs_sweep_ref
 from curvkern.ops.perturb import BallUndo, ball_perturb_, perturb_, perturb_ref
 from curvkern.ops.philox import normals_ref, philox_ref, signs_ref
@@ -100,6 +101,7 @@ __all__ = [
     "column_sumsq_",
     "column_sumsq_ref",
     "dare",
+    "dare_list",
     "dare_ref",
     "delta_floor",
     "dot_list",
@@ -122,8 +124,10 @@ __all__ = [
     "lerp_list_",
     "lerp_list_ref",
     "linear",
+    "linear_list",
     "linear_ref",
     "model_stock",
+    "model_stock_list",
     "model_stock_ref",
     "norm_list",
     "norm_list_ref",
@@ -151,12 +155,14 @@ __all__ = [
     "score_ref",
     "signs_ref",
     "slerp",
+    "slerp_list",
     "slerp_ref",
     "subspace_basis",
     "subspace_basis_ref",
     "surgery_list_",
     "surgery_list_ref",
     "ties",
+    "ties_list",
     "ties_ref",
     "undo_",
     "unpack_mask",

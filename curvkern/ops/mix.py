@@ -120,12 +120,12 @@ def slerp(a: Tensor, b: Tensor, t: float, *, colinear: float = 0.9995, backend: 
     check_family("slerp", [a, b], ["a", "b"])
     check_finite("slerp", t=t, colinear=colinear)
     dots = delta_dots(None, [a, b], 1, backend)[0]
-    return weighted_sum([a, b], _arc_weights(dots, t, colinear).to(coefficients([], a, b).dtype), backend)
+    return weighted_sum([a, b], arc_weights(dots, t, colinear).to(coefficients([], a, b).dtype), backend)
 
 
-def _arc_weights(dots: Tensor, t: float, colinear: float) -> Tensor:
-    """Slerp's two weights from the 2 x 2 dot products; float64."""
-    cosine = _cosines(dots)[0, 1]
+def arc_weights(dots: Tensor, t: float, colinear: float) -> Tensor:
+    """Slerp's two weights [2, ...] from dot products [..., 2, 2]; float64."""
+    cosine = _cosines(dots)[..., 0, 1]
     angle = cosine.clamp(-1, 1).acos()
     arc = torch.stack([((1 - t) * angle).sin(), (t * angle).sin()]) / angle.sin()
     chord = torch.stack([torch.full_like(angle, 1 - t), torch.full_like(angle, t)])

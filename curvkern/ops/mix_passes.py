@@ -64,8 +64,9 @@ def kth_delta(base: Tensor, tensor: Tensor, k: int, backend: str) -> Tensor:
     """The exact k-th largest magnitude of tensor - base that is a number: a scalar on the device, not waited for."""
     if base.dtype != tensor.dtype or base.dtype == torch.float64:
         base, tensor = _wide(base), _wide(tensor)
-    if torch.float64 in (base.dtype, tensor.dtype):  # counting has 32-bit keys
-        return (tensor.double() - base.double()).abs().nan_to_num(-1.0, posinf=math.inf).reshape(-1).topk(k).values[-1]
+    # Counting takes 65536 bins, twice, and has 32-bit keys.
+    if base.numel() <= BINS or base.dtype == torch.float64:
+        return (_wide(tensor) - _wide(base)).abs().nan_to_num(-1.0, posinf=math.inf).reshape(-1).topk(k).values[-1]
     above, below, tallies, again = (
         torch.zeros(size, dtype=torch.int64, device=base.device) for size in (BINS, BINS, 2, 2)
     )
