@@ -340,3 +340,20 @@ def test_without_the_right_binary_ops_take_the_reference_and_say_why(native, war
     assert done.returncode == 0, done.stderr
     assert re.match(f"False .*{reason}", done.stdout), done.stdout
     assert done.stderr.count("RuntimeWarning") == warnings, done.stderr
+
+
+def test_threads_after_a_fork():
+    """The team of the parent's threads is not in a forked child."""
+    code = (
+        "import os, torch, curvkern\n"
+        "w, t = torch.zeros(1 << 20), torch.ones(1 << 20)\n"
+        "torch.set_num_threads(2)\n"
+        "curvkern.blend_(w, t, 0.5, backend='cpu')\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    curvkern.blend_(w, t, 0.5, backend='cpu')\n"
+        "    os._exit(0 if w.eq(0.75).all() else 1)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "0\n"

@@ -19,8 +19,13 @@ from torch import Tensor
 from curvkern.curvature.hidden import CurvatureError
 
 #: Quantities that grow with the number of samples, or of tokens; `Statistics.mean` divides by it.
-PER_SAMPLE = ("gradient", "fisher_diag", "fisher_blocks", "abs_gradient")
+PER_SAMPLE = (
+    "gradient", "fisher_diag", "gauss_newton_diag", "fisher_blocks", "abs_gradient", "ekfac", "hessian_diag",
+    "hessian_trace",
+)  # fmt: skip
 PER_TOKEN = ("input_gram", "output_gram")
+#: One row a sample: of parts of the data they stand one after the other.
+ROWS = ("sample_norms", "low_rank")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Choices:
         loss: ``"response_mean"``, ``"token_sum"`` or the name of a callable.
         block: sides of the tiles of ``fisher_blocks``.
         mc_samples: label draws per sample, for ``"mc"``.
-        seed: of the draws.
+        probes: random directions, for ``hessian_diag``.
+        seed: of draws and probes.
         dtype: of the model.
     """
 
@@ -44,6 +50,7 @@ class Choices:
     loss: str = "response_mean"
     block: tuple[int, int] = (128, 128)
     mc_samples: int = 1
+    probes: int = 8
     seed: int = 0
     dtype: str = "float32"
 
@@ -97,6 +104,8 @@ class Statistics:
 
     def mean(self, quantity: str) -> dict[str, Tensor]:
         """The sums over the number of samples; of Gram matrices, over the number of tokens."""
+        if quantity not in (*PER_SAMPLE, *PER_TOKEN):
+            raise CurvatureError(f"statistics: {quantity!r} is no sum over data, so it has no mean")
         count = self.counts.tokens if quantity in PER_TOKEN else self.counts.samples
         return {name: tensor / count for name, tensor in self[quantity].items()}
 
@@ -117,8 +126,19 @@ class Statistics:
             raise CurvatureError("statistics: squares of a whole batch's gradient do not add up (sample='batch')")
         if {q: set(s) for q, s in self.sums.items()} != {q: set(s) for q, s in other.sums.items()}:
             raise CurvatureError("statistics: they do not hold the same quantities of the same parameters")
-        sums = {q: {name: t + other.sums[q][name] for name, t in of.items()} for q, of in self.sums.items()}
+        if "ekfac" in self.sums:
+            raise CurvatureError(
+                "statistics: EK-FAC of two parts of the data is in two bases; estimate it of both at once"
+            )
+        sums = {q: {name: _joined(q, t, other.sums[q][name]) for name, t in of.items()} for q, of in self.sums.items()}
         return replace(self, counts=self.counts + other.counts, sums=sums)
+
+    def trace_error(self) -> dict[str, tuple[float, float]]:
+        """(trace of the mean Hessian, its standard error over the probes), by parameter."""
+        found: dict[str, tuple[float, float]] = {}
+        for name, traces in self.mean("hessian_trace").items():
+            found[name] = (traces.mean().item(), (traces.std() / len(traces) ** 0.5).item())
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; what was there is replaced when the new file is whole."""
@@ -152,6 +172,10 @@ class Statistics:
         if meta is None:
             raise CurvatureError(f"{path}: holds no statistics of curvkern (no 'curvkern' in its metadata)")
         return cls(_choices(meta["choices"]), _counts(meta["counts"]), _nested(tensors), tuple(meta["unmeasured"]))
+
+
+def _joined(quantity: str, one: Tensor, other: Tensor) -> Tensor:
+    return torch.cat([one, other]) if quantity in ROWS else one + other
 
 
 def _choices(found: Mapping[str, Any]) -> Choices:
