@@ -352,7 +352,7 @@ def test_threads_after_a_fork():
         "child = os.fork()\n"
         "if child == 0:\n"
         "    curvkern.blend_(w, t, 0.5, backend='cpu')\n"
-        "    os._exit(0 if w.eq(0.75).all() else 1)\n"
+        "    os._exit(0 if (w.numpy() == 0.75).all() else 1)\n"
         "print(os.waitpid(child, 0)[1])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)

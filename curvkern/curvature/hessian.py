@@ -24,7 +24,7 @@ class _SignedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """v."""
+        """The signs."""
         return grad.to(ctx.like[1]) * _signs(*ctx.like, *ctx.stream), None, None
 
 

@@ -128,7 +128,7 @@ class Statistics:
             raise CurvatureError("statistics: they do not hold the same quantities of the same parameters")
         if "ekfac" in self.sums:
             raise CurvatureError(
-                "statistics: EK-FAC of two parts of the data is in two bases; estimate it of both at once"
+                "statistics: EK-FAC of two parts of the data is in two bases; estimate both at once"
             )
         sums = {q: {name: _joined(q, t, other.sums[q][name]) for name, t in of.items()} for q, of in self.sums.items()}
         return replace(self, counts=self.counts + other.counts, sums=sums)

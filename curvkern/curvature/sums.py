@@ -136,7 +136,7 @@ class RotatedSums:
 
 
 def _rotated(x: Tensor, basis: Tensor, pair: Pair) -> Tensor:
-    """x U in float32, of each expert's tokens by its own basis."""
+    """Tokens times basis in float32, of each expert's tokens by its own basis."""
     if pair.segments is None:
         return x.float() @ basis
     edges = pair.segments.tolist()
