@@ -2,7 +2,18 @@
 
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
+from curvkern.curvature.influence import influence
 from curvkern.curvature.statistics import Choices, Counts, Statistics
 from curvkern.curvature.texts import Text, from_answer
 
-__all__ = ["Choices", "Counts", "CurvatureError", "HiddenEvidence", "Statistics", "Text", "estimate", "from_answer"]
+__all__ = [
+    "Choices",
+    "Counts",
+    "CurvatureError",
+    "HiddenEvidence",
+    "Statistics",
+    "Text",
+    "estimate",
+    "from_answer",
+    "influence",
+]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from curvkern.backend import check
-from curvkern.curvature.capture import count_uses, linear_sites, select, tapped
+from curvkern.curvature.capture import Sink, count_uses, linear_sites, select, tapped
 from curvkern.curvature.experts import expert_sites, experts_tapped
+from curvkern.curvature.hessian import Probes, twice_differentiable
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.statistics import Choices, Counts, Statistics, fingerprint
-from curvkern.curvature.sums import QUANTITIES, Sums
+from curvkern.curvature.sums import QUANTITIES, RotatedSums, Sums
 from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_row
 from curvkern.curvature.texts import fingerprint as data_fingerprint
 
@@ -41,18 +42,31 @@ def estimate(
     seed: int = 0,
     batch_tokens: int = 4096,
     max_length: int | None = None,
+    probes: int = 8,
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
+    stop: Callable[[], bool] = lambda: False,
+    resume: Statistics | None = None,
 ) -> Statistics:
     r"""Sum statistics of the loss's per-sample weight gradients over data.
 
     The loss of a sample is the cross-entropy of its labelled tokens, their mean (``"response_mean"``) or sum
     (``"token_sum"``); samples are summed. :math:`G_n` is the gradient of sample n's loss by a weight.
 
-    Quantities: ``gradient`` :math:`\sum_n G_n`; ``fisher_diag`` :math:`\sum_n G_n^2`; ``fisher_blocks``, the sums of
-    that over tiles; ``abs_gradient`` :math:`\sum_n |G_n|`; ``sample_norms`` :math:`\|G_n\|^2`, one a sample; ``kfac``:
-    the Gram matrices of inputs and output gradients, ``input_gram`` :math:`\sum_t x_t x_t^\top` and ``output_gram``.
-    Nothing of the shape [samples, out, in] exists.
+    - ``gradient`` :math:`\sum_n G_n`; ``abs_gradient`` :math:`\sum_n |G_n|` (SNIP).
+    - ``fisher_diag`` :math:`\sum_n G_n^2`; ``fisher_blocks``, the sums of that over tiles; ``sample_norms``
+      :math:`\|G_n\|^2`, one a sample.
+    - ``gauss_newton_diag``: the same square under drawn labels and summed losses, whose expectation is the diagonal of
+      the generalised Gauss-Newton matrix (Gauss-Newton-Bartlett, by samples).
+    - ``kfac``: ``input_gram`` :math:`\sum_t x_t x_t^\top` and ``output_gram`` of output gradients.
+    - ``ekfac``: ``input_basis`` and ``output_basis``, the eigenvectors of these, and ``ekfac``, the diagonal Fisher in
+      that basis; a second sweep over the data.
+    - ``hessian_diag`` by Hutchinson: the mean of :math:`v \odot Hv` over ``probes``, with exact products; and
+      ``hessian_trace``, :math:`v^\top Hv` of each probe, for standard errors (`Statistics.trace_error`).
+    - ``low_rank``: every :math:`G_n` in bfloat16, [samples, out, in].
+
+    But for the last, nothing of the shape [samples, out, in] exists; but for ``gradient``, ``hessian_diag`` and
+    ``low_rank`` no gradient of a weight is formed.
 
     Args:
         model: a causal language model of transformers, in memory; left as it was. PEFT models too: then the weights of
@@ -68,11 +82,14 @@ def estimate(
         exclude: patterns of weights to leave out.
         block: sides of the tiles of ``fisher_blocks``.
         mc_samples: draws of labels per sample.
-        seed: of the draws.
+        seed: of the draws and probes.
         batch_tokens: tokens of a batch, padding included.
         max_length: tokens of a sample; the rest is cut off.
+        probes: random directions of ``hessian_diag``, at least 2.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all).
+        stop: asked after each batch; if true, the statistics are those of the samples so far.
+        resume: statistics of the first rows of ``data``, from a run that was stopped; the rest is added.
 
     Returns:
         Raw float32 sums with counts and choices, see `Statistics`.
@@ -81,31 +98,14 @@ def estimate(
         CurvatureError: data without loss (names rows), patterns that match nothing (says what there is), a loss that is
             not finite (names rows), arguments that do not fit.
 
-    Source: Kunstner et al. 2019 (1905.12558) on the kinds of Fisher; Martens and Grosse 2015 (1503.05671), K-FAC.
+    Source: Kunstner et al. 2019 (1905.12558) on the kinds of Fisher; Martens and Grosse 2015 (1503.05671), K-FAC;
+    George et al. 2018 (1806.03884), EK-FAC; Bekas et al. 2007, Hutchinson's diagonal; Liu et al. 2023 (2305.14342),
+    Gauss-Newton-Bartlett.
     """
     wanted = (quantity,) if isinstance(quantity, str) else tuple(quantity)
-    _check(wanted, sample, fisher_type, mc_samples)
+    _check(wanted, sample, fisher_type, loss, mc_samples, probes)
     texts = checked([from_row(row) for row in data], max_length)
     draws = mc_samples if fisher_type == "mc" else 1
-    sums, counts = Sums(wanted, sample, block, len(texts)), Counts(data=(data_fingerprint(texts),))
-    with _measured(model, include, exclude, texts[0], sums) as begin:
-        for batch in batches(texts, batch_tokens, model.device):
-            kept = True
-            for part in _relabelled(model, batch, fisher_type, draws, seed, loss):
-                begin(part)
-                sums.first = batch.first
-                losses = _losses(model, part, loss)
-                kept = _finite(losses, batch, skip=non_finite == "skip")
-                if not kept:
-                    break
-                losses.sum().backward()
-            if kept:
-                counts += Counts(
-                    samples=len(batch.ids) * draws,
-                    tokens=int(batch.mask.sum()) * draws,
-                    targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * draws,
-                )
-            tell(batch.first + len(batch.ids), len(texts))
     choices = Choices(
         model=fingerprint(model.named_parameters()),
         sample=sample,
@@ -113,57 +113,191 @@ def estimate(
         loss=loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__),
         block=block,
         mc_samples=draws,
+        probes=probes,
         seed=seed,
         dtype=str(model.dtype).removeprefix("torch."),
     )
-    found = set(sums.names())
-    return Statistics(choices, counts, sums.found, tuple(n for n, _ in model.named_parameters() if n not in found))
+    begin = _already(resume, choices, wanted, texts)
+    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop)
+    found: dict[str, dict[str, Tensor]] = {}
+    counts = Counts()
+    gathered = [name for name in wanted if name != "hessian_diag"]
+    if gathered:
+        sums = Sums(gathered, sample, block, len(texts) - begin)
+        with measured(model, include, exclude, texts[0], sums.add) as started:
+            counts = run.sweep(lambda batch: _backwards(run, batch, started, sums, fisher_type, seed))
+        found |= sums.found
+    if "ekfac" in wanted:
+        rotated = RotatedSums(found, sample)
+        with measured(model, include, exclude, texts[0], rotated.add) as started:
+            run.sweep(lambda batch: _backwards(run, batch, started, rotated, fisher_type, seed))
+        found |= rotated.found
+    if "ekfac" in wanted and "kfac" not in wanted:
+        del found["input_gram"], found["output_gram"]
+    if "hessian_diag" in wanted:
+        parameters = _parameters(model, include, exclude)
+        products = Probes(parameters, probes, seed)
+        with _ready(model, parameters), twice_differentiable(model):
+            counts = run.sweep(lambda batch: _products(run, batch, products))
+        found |= products.found
+    end = begin + counts.rows
+    counts = replace(counts, data=(data_fingerprint(texts[begin:end]),))
+    covered = {name for of in found.values() for name in of}
+    unmeasured = tuple(name for name, _ in model.named_parameters() if name not in covered)
+    result = Statistics(choices, counts, found, unmeasured)
+    if resume is None:
+        return result
+    result = resume + result
+    return replace(result, counts=replace(result.counts, data=(data_fingerprint(texts[:end]),)))
 
 
-def _check(wanted: Sequence[str], sample: str, fisher_type: str, mc_samples: int) -> None:
+@dataclass
+class _Run:
+    """What all sweeps over the data share."""
+
+    model: Any
+    texts: Sequence[Text]
+    begin: int
+    batch_tokens: int
+    draws: int
+    loss: str | Loss
+    skip: bool
+    tell: Callable[[int, int], None]
+    stop: Callable[[], bool]
+
+    def sweep(self, run: Callable[[Batch], bool]) -> Counts:
+        """``run`` every batch; it says whether the batch counts. What is left when ``stop`` says so is left out."""
+        counts = Counts()
+        for batch in batches(self.texts, self.batch_tokens, self.model.device, self.begin):
+            counts += Counts(rows=len(batch.ids))
+            if run(batch):
+                counts += Counts(
+                    samples=len(batch.ids) * self.draws,
+                    tokens=int(batch.mask.sum()) * self.draws,
+                    targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * self.draws,
+                )
+            self.tell(batch.first + len(batch.ids), len(self.texts))
+            if self.stop():
+                break
+        return counts
+
+
+def _backwards(
+    run: _Run, batch: Batch, started: Callable[[Batch], None], sums: Any, fisher_type: str, seed: int
+) -> bool:
+    """Backward passes of a batch under the labels that the kind of Fisher asks for."""
+    started(batch)
+    for part in _relabelled(run.model, batch, fisher_type, run.draws, seed, run.loss):
+        started(part)
+        sums.first = batch.first - run.begin
+        if not backward_losses(run.model, part, run.loss, skip=run.skip):
+            return False
+    return True
+
+
+def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = False) -> bool:
+    """A backward pass of a batch; false, and none, where a loss is not finite and ``skip`` is set."""
+    losses = _losses(model, batch, loss)
+    if not _finite(losses, batch, skip=skip):
+        return False
+    losses.sum().backward()
+    return True
+
+
+def _products(run: _Run, batch: Batch, probes: Probes) -> bool:
+    """Products of a batch's Hessian with the probes."""
+    with torch.no_grad():
+        if not _finite(_losses(run.model, batch, run.loss), batch, skip=run.skip):
+            return False
+    probes.add(lambda: _losses(run.model, batch, run.loss).sum())
+    return True
+
+
+def _already(resume: Statistics | None, choices: Choices, wanted: Sequence[str], texts: Sequence[Text]) -> int:
+    """How many of the texts ``resume`` covers: its data must be the first ones."""
+    if resume is None:
+        return 0
+    if "ekfac" in wanted:
+        raise CurvatureError("estimate: quantity 'ekfac' needs all data at once and cannot be resumed")
+    done = resume.counts.rows
+    for name in ("model", "sample", "fisher_type", "loss", "block", "mc_samples", "probes", "seed", "dtype"):
+        was, now = getattr(resume.choices, name), getattr(choices, name)
+        if was != now:
+            raise CurvatureError(f"estimate: cannot resume: {name} was {was!r}, is {now!r}")
+    if resume.counts.data != (data_fingerprint(texts[:done]),):
+        raise CurvatureError(f"estimate: cannot resume: the first {done} rows are not those it was begun with")
+    if done == len(texts):
+        raise CurvatureError(f"estimate: nothing to resume: all {done} rows are done")
+    return done
+
+
+def _check(wanted: Sequence[str], sample: str, fisher_type: str, loss: object, mc_samples: int, probes: int) -> None:
     for quantity in wanted:
         check.one_of("estimate", "quantity", quantity, QUANTITIES)
     check.one_of("estimate", "sample", sample, get_args(Sample))
     check.one_of("estimate", "fisher_type", fisher_type, get_args(FisherType))
     check.at_least("estimate", "mc_samples", mc_samples, 1)
+    check.at_least("estimate", "probes", probes, 2)
+    if not wanted:
+        raise CurvatureError("estimate: no quantity is asked for")
+    if "gauss_newton_diag" in wanted and (fisher_type == "empirical" or loss != "token_sum" or sample != "sequence"):
+        raise CurvatureError(
+            "estimate: 'gauss_newton_diag' is a square under the model's own labels: pass fisher_type='mc' or "
+            "'type-2', loss='token_sum', sample='sequence'"
+        )
+    if "hessian_diag" in wanted and fisher_type != "empirical":
+        raise CurvatureError("estimate: 'hessian_diag' is of the loss on the data: pass fisher_type='empirical'")
     if fisher_type == "type-2" and sample != "sequence":
         raise CurvatureError("estimate: fisher_type='type-2' weighs whole samples; it takes sample='sequence' alone")
 
 
 @contextmanager
-def _measured(
-    model: Any, include: Sequence[str], exclude: Sequence[str], text: Text, sums: Sums
+def measured(
+    model: Any, include: Sequence[str], exclude: Sequence[str], text: Text, sink: Sink
 ) -> Generator[Callable[[Batch], None]]:
-    """Inside, backward passes add to ``sums``; gives what is told of each batch before it runs."""
+    """Inside, backward passes give pairs to ``sink``; gives what is told of each batch before it runs."""
     current: list[Batch] = []
 
     def mask() -> Tensor:
         return current[-1].mask
 
     linear, experts = select([*linear_sites(model), *expert_sites(model)], include, exclude)
-    with _ready(model):
+    with _ready(model, {}):
         ids = torch.tensor([text.ids], device=model.device)
         uses = count_uses(linear, lambda: model(input_ids=ids, use_cache=False))
         used = [site for site in linear if uses[site.name]]
-        with tapped(used, uses, sums.add, mask), experts_tapped(model, experts, sums.add, mask):
+        with tapped(used, uses, sink, mask), experts_tapped(model, experts, sink, mask):
             yield lambda batch: current.__setitem__(slice(None), [batch])
 
 
+def _parameters(model: Any, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+    """The weights that are selected, and their biases."""
+    linear, experts = select([*linear_sites(model), *expert_sites(model)], include, exclude)
+    names = {name for site in (*linear, *experts) for name in (site.name, site.bias)}
+    every: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
+    return {name: parameter for name, parameter in every if name in names}
+
+
 @contextmanager
-def _ready(model: nn.Module) -> Generator[None]:
-    """In eval mode, with a graph from the embeddings on, and no parameter that wants a gradient; then as before."""
-    training, wanted = model.training, [p for p in model.parameters() if p.requires_grad]
+def _ready(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Generator[None]:
+    """In eval mode, with a graph from the embeddings on; only ``wanted`` parameters get gradients. Then as before."""
+    training, before = model.training, [(p, p.requires_grad, p.grad) for p in model.parameters()]
     embeddings: nn.Module = model.get_input_embeddings()  # pyright: ignore[reportCallIssue, reportAssignmentType]
-    handle = embeddings.register_forward_hook(lambda module, arguments, output: output.requires_grad_())
+    keep = {id(parameter) for parameter in wanted.values()}
+    handle = embeddings.register_forward_hook(
+        lambda module, arguments, output: output if output.requires_grad else output.requires_grad_()
+    )
     try:
         model.eval()
-        for parameter in wanted:
-            parameter.requires_grad_(False)
+        for parameter, _, _ in before:
+            parameter.requires_grad_(id(parameter) in keep)
+            parameter.grad = None
         yield
     finally:
         handle.remove()
-        for parameter in wanted:
-            parameter.requires_grad_(True)
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
         model.train(training)
 
 

@@ -57,8 +57,10 @@ class Probes:
         offsets = dict(zip(self._parameters, _starts(self._parameters.values()), strict=True))
         for probe in range(self._probes):
             seed = self._seed + probe
-            grads = torch.autograd.grad(loss(), list(self._parameters.values()), create_graph=True, allow_unused=True)
-            used = [(name, g) for name, g in zip(self._parameters, grads, strict=True) if g is not None]
+            grads: Sequence[Tensor | None] = torch.autograd.grad(
+                loss(), list(self._parameters.values()), create_graph=True, allow_unused=True
+            )
+            used = [(name, g) for name, g in zip(self._parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
             total = torch.stack([_SignedSum.apply(g, seed, offsets[name]) for name, g in used]).sum()  # pyright: ignore[reportArgumentType, reportUnknownMemberType, reportUnknownArgumentType]
             del grads, used
             handles = [

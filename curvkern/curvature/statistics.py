@@ -60,12 +60,14 @@ class Counts:
     """What was summed over.
 
     Attributes:
+        rows: sequences that were looked at, those of no finite loss too.
         samples: sequences, times the draws of their labels.
         tokens: tokens that are no padding.
         targets: tokens that carried loss.
         data: fingerprints of the data, one for each part.
     """
 
+    rows: int = 0
     samples: int = 0
     tokens: int = 0
     targets: int = 0
@@ -73,6 +75,7 @@ class Counts:
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
+            self.rows + other.rows,
             self.samples + other.samples,
             self.tokens + other.tokens,
             self.targets + other.targets,
@@ -127,9 +130,7 @@ class Statistics:
         if {q: set(s) for q, s in self.sums.items()} != {q: set(s) for q, s in other.sums.items()}:
             raise CurvatureError("statistics: they do not hold the same quantities of the same parameters")
         if "ekfac" in self.sums:
-            raise CurvatureError(
-                "statistics: EK-FAC of two parts of the data is in two bases; estimate both at once"
-            )
+            raise CurvatureError("statistics: EK-FAC of two parts of the data is in two bases; estimate both at once")
         sums = {q: {name: _joined(q, t, other.sums[q][name]) for name, t in of.items()} for q, of in self.sums.items()}
         return replace(self, counts=self.counts + other.counts, sums=sums)
 

@@ -105,9 +105,8 @@ def checked(texts: Sequence[Text], max_length: int | None) -> list[Text]:
     return cut
 
 
-def batches(texts: Sequence[Text], tokens: int, device: torch.device | str) -> Iterator[Batch]:
-    """Neighbours together, as many as keep the padded batch within ``tokens``; at least one."""
-    start = 0
+def batches(texts: Sequence[Text], tokens: int, device: torch.device | str, start: int = 0) -> Iterator[Batch]:
+    """Neighbours from ``start`` on, as many together as keep the padded batch within ``tokens``; at least one."""
     while start < len(texts):
         stop, width = start, 0
         while stop < len(texts):
