@@ -70,6 +70,46 @@ def restore(
 
 
 @app.command()
+def curvature(
+    model: Annotated[Path, typer.Argument(help="Hugging Face directory or LoRA adapter.")],
+    data: Annotated[Path, typer.Option(help="JSON Lines with responses.")],
+    out: Annotated[Path, typer.Option(help="safetensors file to write.")],
+    quantity: Annotated[str, typer.Option(help="One or several, by commas: fisher_diag,gradient.")] = "fisher_diag",
+    sample: Annotated[str, typer.Option(help="What is squared: sequence, token or batch.")] = "sequence",
+    fisher_type: Annotated[str, typer.Option(help="empirical, mc or type-2.")] = "empirical",
+    loss: Annotated[str, typer.Option(help="response_mean or token_sum.")] = "response_mean",
+    mc_samples: Annotated[int, typer.Option(help="Draws of labels, for mc.")] = 1,
+    probes: Annotated[int, typer.Option(help="Random directions, for hessian_diag.")] = 8,
+    seed: Annotated[int, typer.Option(help="Of draws and probes.")] = 0,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch, padding included.")] = 4096,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a row; the rest is cut off.")] = None,
+    non_finite: Annotated[str, typer.Option(help="A batch whose loss is not finite: raise or skip.")] = "raise",
+    html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
+    against: Annotated[Path | None, typer.Option(help="Statistics of other data: their overlap, on the page.")] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+    resume: Annotated[bool, typer.Option(help="Add what an interrupted run left.")] = False,
+    quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
+) -> None:
+    """Estimate gradients and curvature of a model on data, and save them. Ctrl-C keeps what is complete."""
+    from curvkern.measure import measure, rows_of
+
+    found = measure(
+        model, data, out, quantity=quantity.split(","), sample=sample, fisher_type=fisher_type, loss=loss,
+        mc_samples=mc_samples, probes=probes, seed=seed, include=include or (), exclude=exclude or (),
+        batch_tokens=batch_tokens, max_length=max_length, non_finite=non_finite, html=html, against=against,
+        device=device, overwrite=overwrite, resume=resume, progress=not quiet,
+    )  # fmt: skip
+    done, total = found.counts.rows, rows_of(data)
+    typer.echo(f"{out}: {', '.join(found.sums)} of {done} rows, {found.counts.targets} targets")
+    if done < total:
+        typer.echo(f"interrupted: {total - done} rows are left; the same command with --resume adds them", err=True)
+        raise typer.Exit(130)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where models, results and the page go.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Of data, weights and training.")] = 0,
@@ -140,4 +180,14 @@ def _errors_of_use() -> tuple[type[Exception], ...]:
     from curvkern.curvature import CurvatureError
     from curvkern.restore import RestoreError
 
-    return ValueError, TypeError, FileNotFoundError, BackendError, CheckpointError, CurvatureError, RestoreError
+    return (
+        ValueError,
+        TypeError,
+        FileNotFoundError,
+        FileExistsError,
+        NotADirectoryError,
+        BackendError,
+        CheckpointError,
+        CurvatureError,
+        RestoreError,
+    )

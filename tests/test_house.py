@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "training": ({"ops"}, {"torch"}),
     "evaluate": (set(), {"torch", "transformers"}),
     "report": (set(), {"torch", "rich", "jinja2", "matplotlib"}),
+    "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
     "recipe": (set(), {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
     # The pass scores prompts while it searches, so it knows how a model is evaluated.
@@ -50,7 +51,7 @@ MAY_IMPORT = {
     # Says where _C lies, without importing it.
     "env": ({"__init__", "backend", "ops", "_C"}, {"torch"}),
     "cli": (
-        {"__init__", "restore", "recipe", "report", "demo", "env", "bench", "checkpoint", "curvature"},
+        {"__init__", "restore", "recipe", "report", "demo", "env", "bench", "checkpoint", "curvature", "measure"},
         {"typer", "yaml", "torch"},
     ),
 }

@@ -17,7 +17,7 @@ from curvkern.curvature.capture import Sink, count_uses, linear_sites, select, t
 from curvkern.curvature.experts import expert_sites, experts_tapped
 from curvkern.curvature.hessian import Probes, twice_differentiable
 from curvkern.curvature.hidden import CurvatureError
-from curvkern.curvature.statistics import Choices, Counts, Statistics, fingerprint
+from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics, fingerprint
 from curvkern.curvature.sums import QUANTITIES, RotatedSums, Sums
 from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_row
 from curvkern.curvature.texts import fingerprint as data_fingerprint
@@ -126,7 +126,7 @@ def estimate(
         sums = Sums(gathered, sample, block, len(texts) - begin)
         with measured(model, include, exclude, texts[0], sums.add) as started:
             counts = run.sweep(lambda batch: _backwards(run, batch, started, sums, fisher_type, seed))
-        found |= sums.found
+        found |= {quantity: _first(counts.rows, of) if quantity in ROWS else of for quantity, of in sums.found.items()}
     if "ekfac" in wanted:
         rotated = RotatedSums(found, sample)
         with measured(model, include, exclude, texts[0], rotated.add) as started:
@@ -149,6 +149,10 @@ def estimate(
         return result
     result = resume + result
     return replace(result, counts=replace(result.counts, data=(data_fingerprint(texts[:end]),)))
+
+
+def _first(rows: int, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor[:rows] for name, tensor in of.items()}
 
 
 @dataclass

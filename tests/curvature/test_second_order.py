@@ -150,7 +150,7 @@ def test_stopped_and_resumed_is_as_if_undisturbed(tmp_path):
     assert resumed.counts == whole.counts
     for quantity, of in whole.sums.items():
         for name, tensor in of.items():
-            torch.testing.assert_close(resumed[quantity][name], tensor, rtol=1e-5, atol=1e-7)
+            close(resumed[quantity][name], tensor.double())
 
 
 @pytest.mark.parametrize(
@@ -202,3 +202,16 @@ def test_statistics_of_two_parts_stand_together():
     ekfac = [estimate(model, part, quantity="ekfac") for part in (rows[:1], rows[1:])]
     with pytest.raises(CurvatureError, match="in two bases"):
         ekfac[0] + ekfac[1]
+
+
+def test_weights_of_a_lora_adapter_are_linear_modules_too():
+    peft = pytest.importorskip("peft")
+    rows = texts()
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.1)
+    model = peft.get_peft_model(make("llama"), config)
+    found = estimate(model, rows, quantity=("fisher_diag", "gradient"), include=["*lora_*"])
+    exact = sample_gradients(model, rows)
+    assert len(found["fisher_diag"]) == 8
+    for name, tensor in found["fisher_diag"].items():
+        close(tensor, exact[name].square().sum(0))
+        close(found["gradient"][name], exact[name].sum(0))

@@ -1,0 +1,134 @@
+"""From a model's directory and JSON Lines to a file of curvature statistics."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from curvkern.curvature import Statistics, Text
+
+
+def measure(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    quantity: Sequence[str] = ("fisher_diag",),
+    html: str | Path | None = None,
+    against: str | Path | None = None,
+    device: str = "cpu",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    **choices: Any,
+) -> Statistics:
+    """Estimate statistics of a model and save them; Ctrl-C saves what is complete.
+
+    Args:
+        model: Hugging Face directory with a tokenizer, or a LoRA adapter directory.
+        data: JSON Lines, each row with a response: loss is on responses alone.
+        out: safetensors file to write, see `curvature.Statistics`.
+        quantity: see `curvature.estimate`.
+        html: page to write, with plots.
+        against: statistics of other data, whose overlap with these the page shows.
+        device: where the model runs.
+        overwrite: replace what is at ``out``.
+        resume: add the rows that the interrupted run at ``out`` left.
+        progress: show a bar with the time left.
+        **choices: what else `curvature.estimate` takes.
+
+    Returns:
+        What was saved; its ``counts.rows`` says how many rows of the data it covers.
+
+    Raises:
+        CurvatureError, ValueError, FileNotFoundError: inputs that are wrong or do not fit, before any heavy work.
+        FileExistsError: there is something at ``out``.
+    """
+    from curvkern.curvature import Statistics, estimate
+    from curvkern.evaluate import load, read_jsonl
+
+    path = Path(out).expanduser()
+    if path.exists() and not (overwrite or resume):
+        raise FileExistsError(f"{path}: exists; pass --overwrite to replace it, or --resume to add to it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.absolute().parent}: no such directory; make it, or choose another --out")
+    rows = read_jsonl(data)
+    earlier = Statistics.load(path) if resume and path.exists() else None
+    other = None if against is None else Statistics.load(against)
+    network, tokenizer = load(model)
+    network.to(device)  # pyright: ignore[reportArgumentType]
+    texts = _texts(tokenizer, rows, data)
+    with _patient() as interrupted, _bar(len(texts), progress) as tell:
+        found = estimate(
+            network, texts, quantity=quantity, tell=tell, stop=lambda: bool(interrupted), resume=earlier, **choices
+        )
+    found.save(path)
+    if html is not None:
+        from curvkern.report import render_statistics
+
+        title = f"{', '.join(quantity)} of {Path(model).resolve().name} on {Path(data).name}"
+        page = render_statistics(title, found.sums, _facts(found), None if other is None else other.sums)
+        Path(html).expanduser().write_text(page, encoding="utf-8")
+    return found
+
+
+def rows_of(data: str | Path) -> int:
+    """How many rows a file of JSON Lines has."""
+    from curvkern.evaluate import read_jsonl
+
+    return len(read_jsonl(data))
+
+
+def _texts(tokenizer: Any, rows: Sequence[Any], data: str | Path) -> list[Text]:
+    from curvkern.curvature import CurvatureError, from_answer
+
+    empty = [str(at) for at, row in enumerate(rows, 1) if row.response is None]
+    if empty:
+        raise CurvatureError(
+            f"{data}: {len(empty)} of {len(rows)} rows have no response to put a loss on, the first are rows "
+            f"{', '.join(empty[:8])}"
+        )
+    return [from_answer(tokenizer, row.asked(), row.response) for row in rows]
+
+
+def _facts(found: Statistics) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    traces = {}
+    if "hessian_trace" in found.sums:
+        traces = {f"trace of {name}": f"{t:.4g} ± {e:.2g}" for name, (t, e) in found.trace_error().items()}
+    return {**asdict(found.choices), **asdict(found.counts), **traces}
+
+
+@contextmanager
+def _patient() -> Generator[list[int]]:
+    """The first Ctrl-C is noted and the batch ends; the second one interrupts."""
+    caught: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        caught.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    try:
+        before = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not in the main thread
+        yield caught
+        return
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _bar(total: int, shown: bool) -> Generator[Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not shown, transient=True) as progress:
+        bar = progress.add_task("rows", total=total)
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
