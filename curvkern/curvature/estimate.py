@@ -88,7 +88,8 @@ def estimate(
         probes: random directions of ``hessian_diag``, at least 2.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all).
-        stop: asked after each batch; if true, the statistics are those of the samples so far.
+        stop: asked after each batch; if true, the statistics are those of the samples so far (an error where the
+            quantities take several sweeps over the data).
         resume: statistics of the first rows of ``data``, from a run that was stopped; the rest is added.
 
     Returns:
@@ -118,10 +119,11 @@ def estimate(
         dtype=str(model.dtype).removeprefix("torch."),
     )
     begin = _already(resume, choices, wanted, texts)
-    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop)
+    gathered = [name for name in wanted if name != "hessian_diag"]
+    alone = bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted) == 1
+    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop, alone)
     found: dict[str, dict[str, Tensor]] = {}
     counts = Counts()
-    gathered = [name for name in wanted if name != "hessian_diag"]
     if gathered:
         sums = Sums(gathered, sample, block, len(texts) - begin)
         with measured(model, include, exclude, texts[0], sums.add) as started:
@@ -168,6 +170,7 @@ class _Run:
     skip: bool
     tell: Callable[[int, int], None]
     stop: Callable[[], bool]
+    alone: bool  # one sweep gives all that is asked for
 
     def sweep(self, run: Callable[[Batch], bool]) -> Counts:
         """``run`` every batch; it says whether the batch counts. What is left when ``stop`` says so is left out."""
@@ -181,8 +184,14 @@ class _Run:
                     targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * self.draws,
                 )
             self.tell(batch.first + len(batch.ids), len(self.texts))
-            if self.stop():
-                break
+            if not self.stop():
+                continue
+            if not self.alone:
+                raise CurvatureError(
+                    "estimate: stopped amid one of several sweeps over the data, so nothing is complete; 'ekfac' takes "
+                    "two, 'hessian_diag' one of its own: asked for alone, the others keep what is done"
+                )
+            break
         return counts
 
 

@@ -169,6 +169,9 @@ def test_what_cannot_be_resumed_is_told(changes, message):
         estimate(model, rows, resume=part, batch_tokens=1, **changes)
     with pytest.raises(CurvatureError, match="the first 1 rows are not those"):
         estimate(model, rows[::-1], resume=part)
+    for several in ("ekfac", ("fisher_diag", "hessian_diag")):
+        with pytest.raises(CurvatureError, match="stopped amid one of several sweeps"):
+            estimate(model, rows, quantity=several, stop=lambda: True)
     whole = estimate(model, rows)
     with pytest.raises(CurvatureError, match="all 4 rows are done"):
         estimate(model, rows, resume=whole)
