@@ -319,12 +319,18 @@ def _losses(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
     logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
     if not isinstance(loss, str):
         return loss(logits, batch.labels)
-    labels = batch.labels[:, 1:]
-    kept = labels != UNLABELLED
-    tokens = cross_entropy(logits[:, :-1][kept].float(), labels[kept], reduction="none")
+    # Labels move to the logits that predict them, not the other way: logits are the largest tensor there is.
+    labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=UNLABELLED)
+    kept, flat = labels != UNLABELLED, logits.flatten(0, 1)
+    rows = kept.flatten().nonzero().flatten()
+    if 2 * len(rows) < len(flat):
+        tokens = cross_entropy(flat.index_select(0, rows).float(), labels.flatten()[rows], reduction="none")
+        per_token = torch.zeros(labels.numel(), device=logits.device).index_put((rows,), tokens).view(labels.shape)
+    else:
+        per_token = cross_entropy(flat.float(), labels.flatten(), reduction="none", ignore_index=UNLABELLED)
+        per_token = per_token.view(labels.shape)
     if batch.weights is not None:
-        return (tokens * batch.weights[:, 1:][kept]).sum()[None]
-    per_token = torch.zeros(labels.shape, device=logits.device).masked_scatter(kept, tokens)
+        return (per_token[:, :-1] * batch.weights[:, 1:]).sum()[None]
     return per_token.sum(1) / kept.sum(1) if loss == "response_mean" else per_token.sum(1)
 
 
