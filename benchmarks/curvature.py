@@ -2,8 +2,8 @@
 
 python benchmarks/curvature.py [samples tokens]
 
-Every way runs in a process of its own, in turn with the others; results must agree. A bare forward and backward (weight
-gradients included) is what no way can do without.
+Every way runs in a process of its own, in turn with the others; results must agree. A bare forward and backward is
+the yardstick; it forms weight gradients, which ways in hooks do without.
 """
 
 import json

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curvkern.curvature import Statistics, Text
+    from curvkern.curvature import Statistics
+    from curvkern.evaluate import Example
 
 
 def measure(
@@ -48,31 +49,34 @@ def measure(
         CurvatureError, ValueError, FileNotFoundError: inputs that are wrong or do not fit, before any heavy work.
         FileExistsError: there is something at ``out``.
     """
-    from curvkern.curvature import Statistics, estimate
+    from curvkern.curvature import Statistics, estimate, from_answer
     from curvkern.evaluate import load, read_jsonl
 
     path = Path(out).expanduser()
     if path.exists() and not (overwrite or resume):
         raise FileExistsError(f"{path}: exists; pass --overwrite to replace it, or --resume to add to it")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{path.absolute().parent}: no such directory; make it, or choose another --out")
+    page = None if html is None else Path(html).expanduser()
+    for file, option in ((path, "--out"), (page, "--html")):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise FileNotFoundError(f"{file.absolute().parent}: no such directory; make it, or choose another {option}")
     rows = read_jsonl(data)
+    _require_responses(rows, data)
     earlier = Statistics.load(path) if resume and path.exists() else None
     other = None if against is None else Statistics.load(against)
     network, tokenizer = load(model)
     network.to(device)  # pyright: ignore[reportArgumentType]
-    texts = _texts(tokenizer, rows, data)
+    texts = [from_answer(tokenizer, row.asked(), row.response or "") for row in rows]
     with _patient() as interrupted, _bar(len(texts), progress) as tell:
         found = estimate(
             network, texts, quantity=quantity, tell=tell, stop=lambda: bool(interrupted), resume=earlier, **choices
         )
     found.save(path)
-    if html is not None:
+    if page is not None:
         from curvkern.report import render_statistics
 
         title = f"{', '.join(quantity)} of {Path(model).resolve().name} on {Path(data).name}"
-        page = render_statistics(title, found.sums, _facts(found), None if other is None else other.sums)
-        Path(html).expanduser().write_text(page, encoding="utf-8")
+        text = render_statistics(title, found.sums, _facts(found), None if other is None else other.sums)
+        page.write_text(text, encoding="utf-8")
     return found
 
 
@@ -83,8 +87,8 @@ def rows_of(data: str | Path) -> int:
     return len(read_jsonl(data))
 
 
-def _texts(tokenizer: Any, rows: Sequence[Any], data: str | Path) -> list[Text]:
-    from curvkern.curvature import CurvatureError, from_answer
+def _require_responses(rows: Sequence[Example], data: str | Path) -> None:
+    from curvkern.curvature import CurvatureError
 
     empty = [str(at) for at, row in enumerate(rows, 1) if row.response is None]
     if empty:
@@ -92,7 +96,6 @@ def _texts(tokenizer: Any, rows: Sequence[Any], data: str | Path) -> list[Text]:
             f"{data}: {len(empty)} of {len(rows)} rows have no response to put a loss on, the first are rows "
             f"{', '.join(empty[:8])}"
         )
-    return [from_answer(tokenizer, row.asked(), row.response) for row in rows]
 
 
 def _facts(found: Statistics) -> dict[str, Any]:

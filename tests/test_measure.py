@@ -98,6 +98,10 @@ def test_bad_input_is_told_before_work(family, tmp_path):
         measure(family / "aligned", rows, tmp_path / "s.safetensors")
     with pytest.raises(FileNotFoundError, match="no such directory"):
         measure(family / "aligned", family / "task.jsonl", tmp_path / "no" / "s.safetensors")
+    with pytest.raises(FileNotFoundError, match="choose another --html"):
+        measure(family / "aligned", family / "task.jsonl", tmp_path / "s.safetensors", html=tmp_path / "no" / "p.html")
+    with pytest.raises(CurvatureError, match="have no response"):  # before the model is looked for
+        measure(tmp_path / "nothing", rows, tmp_path / "s.safetensors")
     with pytest.raises(NotADirectoryError):
         measure(tmp_path / "nothing", family / "task.jsonl", tmp_path / "s.safetensors")
     measure(family / "aligned", family / "task.jsonl", tmp_path / "s.safetensors", batch_tokens=1)

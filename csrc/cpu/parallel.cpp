@@ -31,10 +31,12 @@ struct Team {
   int (*threads)();
 };
 
-bool forked = false;  // the team's threads are not in a forked child
+// The team's threads are not in a forked child. Asked for when the library is loaded: a team may be older than our
+// first call.
+bool forked = false;
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 Team find_team() {
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
   const auto find = [](auto& entry, const char* name) {
     entry = reinterpret_cast<__typeof__(entry)>(dlsym(RTLD_DEFAULT, name));
     return entry != nullptr;
@@ -80,7 +82,8 @@ void parallel_pieces(int64_t n, int64_t grain, int threads, void (*body)(void*, 
   if (pieces > grains) pieces = grains;
   Work work{n, grain, grains, pieces, body, context};
   if (pieces == 1) work.run(0);
-  else if (team().parallel && !forked) team().parallel(run_as_member, &work, static_cast<unsigned>(pieces), 0);
+  else if (!forked && watching == 0 && team().parallel)
+    team().parallel(run_as_member, &work, static_cast<unsigned>(pieces), 0);
   else run_on_own_threads(work);
 }
 

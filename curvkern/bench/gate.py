@@ -61,7 +61,7 @@ class Gate:
         if not result.is_floating_point():
             return 0.0
         dtype = result.dtype if provider.kind == "ours" else self._case.dtype
-        # Kernels compute in float32 at least, and at most: a float64 result is one of float32 blocks.
+        # Kernels multiply in float32, for float64 results too: `dot_list` says so.
         return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
