@@ -39,8 +39,11 @@ def restore(
     aligned: Annotated[Path | None, typer.Option(help="The safe chat model.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="What fine-tuning made of it: checkpoint or LoRA adapter.")] = None,
     base: Annotated[Path | None, typer.Option(help="The model before alignment.")] = None,
+    unaligned: Annotated[Path | None, typer.Option(help="An aligned model broken on purpose.")] = None,
+    safety_adapter: Annotated[Path | None, typer.Option(help="The aligned model tuned on safety data.")] = None,
     method: Annotated[str | None, typer.Option(help="Restoration method.")] = None,
     harmful: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts.")] = None,
+    safety: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts, with safe responses.")] = None,
     task: Annotated[Path | None, typer.Option(help="JSON Lines of the task, with responses.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
@@ -58,8 +61,9 @@ def restore(
     from curvkern.restore import run_recipe
 
     given = {
-        "aligned": aligned, "tuned": tuned, "base": base, "method": method, "harmful": harmful, "task": task,
-        "out": out, "include": include, "exclude": exclude, "save": save, "device": device,
+        "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
+        "method": method, "harmful": harmful, "safety": safety, "task": task, "out": out,
+        "include": include, "exclude": exclude, "save": save, "device": device,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])

@@ -9,6 +9,10 @@ from typing import Any, Literal, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+#: Checkpoints beside aligned and tuned, and JSON Lines, that some methods need.
+CHECKPOINTS = ("base", "unaligned", "safety_adapter")
+DATA = ("harmful", "safety", "task")
+
 
 class RecipeError(ValueError):
     """The recipe is wrong; says where."""
@@ -24,7 +28,10 @@ class Recipe(BaseModel):
         method: a name of `curvkern.methods.REGISTRY`.
         parameters: the method's own.
         base: the model before alignment, where the method needs it.
-        harmful: JSON Lines of harmful prompts.
+        unaligned: an aligned model broken on purpose, likewise.
+        safety_adapter: the aligned model tuned on safety data, a LoRA adapter or a checkpoint, likewise.
+        harmful: JSON Lines of harmful prompts, with harmful responses where a method asks for their loss.
+        safety: JSON Lines of harmful prompts with safe responses.
         task: JSON Lines of the fine-tuning task, with responses.
         include: patterns (``*`` and ``?``) on full weight names; empty: all modules.
         exclude: patterns of modules to leave as tuned.
@@ -40,7 +47,10 @@ class Recipe(BaseModel):
     method: str
     parameters: dict[str, Any] = Field(default_factory=dict[str, Any])
     base: Path | None = None
+    unaligned: Path | None = None
+    safety_adapter: Path | None = None
     harmful: Path | None = None
+    safety: Path | None = None
     task: Path | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

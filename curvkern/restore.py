@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
+from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
 from curvkern.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, Writer
     from curvkern.evaluate import Example
     from curvkern.methods import Edit, Evidence, Method, Module
-    from curvkern.recipe import Recipe
     from curvkern.report import ModuleChange, Report
 
 Score = Callable[[Any, Any], float]
@@ -30,7 +30,10 @@ def restore(
     out: str | Path,
     method: str,
     base: str | Path | None = None,
+    unaligned: str | Path | None = None,
+    safety_adapter: str | Path | None = None,
     harmful: str | Path | None = None,
+    safety: str | Path | None = None,
     task: str | Path | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -50,7 +53,10 @@ def restore(
         out: directory to make: a checkpoint (or adapter) with ``curvkern.json``, ``report.json``, ``report.html``.
         method: a name of `curvkern.methods.REGISTRY`.
         base: the model before alignment, where the method needs it.
-        harmful: JSON Lines of harmful prompts, where the method needs them.
+        unaligned: an aligned model broken on purpose, where the method needs it.
+        safety_adapter: the aligned model tuned on safety data, adapter or checkpoint, where the method needs it.
+        harmful: JSON Lines of harmful prompts, where the method needs them; with harmful responses if it asks for them.
+        safety: JSON Lines of harmful prompts with safe responses, where the method needs them.
         task: JSON Lines of the fine-tuning task with responses, where the method needs it.
         include: patterns (``*``, ``?``) on full weight names; empty: the linear modules of all decoder layers.
         exclude: patterns of modules to leave as tuned.
@@ -70,15 +76,14 @@ def restore(
             before any heavy work, and nothing is written.
         RestoreError: the recipe does not fit the checkpoints, or the method made a non-finite weight of finite ones.
     """
-    from curvkern.recipe import make_recipe
-
     values = {key: value for key, value in locals().items() if key in _RECIPE_KEYS}
     recipe = make_recipe({**values, "parameters": parameters})
     return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, score=score)
 
 
-_RECIPE_KEYS = frozenset({"aligned", "tuned", "out", "method", "base", "harmful", "task", "include", "exclude",
-                          "save", "device"})  # fmt: skip
+_RECIPE_KEYS = frozenset(
+    {"aligned", "tuned", "out", "method", *CHECKPOINTS, *DATA, "include", "exclude", "save", "device"}
+)
 
 
 def run_recipe(
@@ -106,8 +111,9 @@ def run_recipe(
             if "model" in method.needs:
                 aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
-            if "base" in method.needs:
-                sources["base"] = stack.enter_context(Checkpoint.open(_given(recipe.base, recipe, "base")))
+            for role in CHECKPOINTS:
+                if role in method.needs:
+                    sources[role] = stack.enter_context(open_tuned(_given(recipe, role), aligned))
             bundle = Bundle(sources, device=recipe.device)
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
             names = select_modules(shapes, method, recipe, tuned.config)
@@ -157,8 +163,7 @@ def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, 
 
 def _data_files(recipe: Recipe, method: Method) -> dict[str, Path]:
     """The JSON Lines that the method reads."""
-    files = {"harmful": recipe.harmful, "task": recipe.task}
-    return {key: path for key, path in files.items() if key in method.needs and path is not None}
+    return {key: _given(recipe, key) for key in DATA if key in method.needs}
 
 
 def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
@@ -187,12 +192,14 @@ def _check_device(device: str) -> None:
 
 
 def _unused(recipe: Recipe, method: Method) -> list[str]:
-    return [name for name in ("base", "harmful", "task") if getattr(recipe, name) and name not in method.needs]
+    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.needs]
 
 
-def _given(value: Path | None, recipe: Recipe, argument: str) -> Path:
+def _given(recipe: Recipe, argument: str) -> Path:
+    value: Path | None = getattr(recipe, argument)
     if value is None:
-        raise RestoreError(f"restore: method {recipe.method!r} needs {argument}; pass {argument}=... (--{argument}).")
+        option = argument.replace("_", "-")
+        raise RestoreError(f"restore: method {recipe.method!r} needs {argument}; pass {argument}=... (--{option}).")
     return value
 
 
@@ -200,11 +207,10 @@ def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     """The JSON Lines that the method needs, read before anything heavy."""
     from curvkern.evaluate import read_jsonl
 
-    for argument in ("base", "harmful", "task"):
+    for argument in CHECKPOINTS:
         if argument in method.needs:
-            _given(getattr(recipe, argument), recipe, argument)
-    files = {"harmful": recipe.harmful, "task": recipe.task}
-    return {key: read_jsonl(path) for key, path in files.items() if key in method.needs and path is not None}
+            _given(recipe, argument)
+    return {key: read_jsonl(path) for key, path in _data_files(recipe, method).items()}
 
 
 def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
@@ -298,6 +304,8 @@ class _Sweeps:
                     tuned=tensors["tuned"],
                     aligned=tensors["aligned"],
                     base=tensors.get("base"),
+                    unaligned=tensors.get("unaligned"),
+                    safety_adapter=tensors.get("safety_adapter"),
                     factors=self._factors(name),
                 )
 

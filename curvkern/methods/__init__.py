@@ -6,7 +6,7 @@ import difflib
 from importlib import import_module
 from typing import Any
 
-from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module, Modules
+from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module, Modules, Need
 
 #: name -> "module:class"; a method is imported when it is asked for.
 REGISTRY: dict[str, str] = {
@@ -16,7 +16,7 @@ REGISTRY: dict[str, str] = {
     "safe_lora": "curvkern.methods.safe_lora:SafeLora",
 }
 
-__all__ = ["REGISTRY", "Edit", "Evidence", "Method", "MethodError", "Module", "Modules", "get", "make"]
+__all__ = ["REGISTRY", "Edit", "Evidence", "Method", "MethodError", "Module", "Modules", "Need", "get", "make"]
 
 
 def get(name: str) -> type[Method]:

@@ -15,6 +15,21 @@ class MethodError(ValueError):
 
 
 @dataclass(frozen=True)
+class Need:
+    """A statistic of the weights that a method asks for: a mean over data, see `curvkern.curvature.estimate`.
+
+    Attributes:
+        quantity: ``"gradient"``, ``"fisher_diag"``, ``"input_gram"`` and so on.
+        data: the loss is on the responses of these rows.
+        at: the model whose gradients or inputs they are.
+    """
+
+    quantity: str
+    data: Literal["harmful", "safety", "task"]
+    at: Literal["tuned", "aligned"] = "tuned"
+
+
+@dataclass(frozen=True)
 class Module:
     """One weight matrix of the model (or a bias, for methods that take them), as every checkpoint has it.
 
@@ -24,9 +39,12 @@ class Module:
         kind: the module's own name, ``"q_proj"``.
         tuned: W_t [out, in], in its own dtype.
         aligned: W_a, likewise.
-        base: W_u, likewise; None unless the method needs it.
+        base: W_u, before alignment, likewise; None unless the method needs it.
         factors: (B [out, r], A [r, in], scale) with W_t = W_a + scale B A if the tuned model is a LoRA adapter that
             changes this module; else None.
+        unaligned: the weight of an aligned model broken on purpose, like base.
+        safety_adapter: the weight of the aligned model tuned on safety data, like base.
+        statistics: what the method's `Method.statistics` asked for, float32.
     """
 
     name: str
@@ -36,6 +54,9 @@ class Module:
     aligned: Tensor
     base: Tensor | None = None
     factors: tuple[Tensor, Tensor, float] | None = None
+    unaligned: Tensor | None = None
+    safety_adapter: Tensor | None = None
+    statistics: Mapping[Need, Tensor] = field(default_factory=dict["Need", Tensor])
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class Method(BaseModel):
     name: ClassVar[str]
     #: Paper and equation.
     source: ClassVar[str]
-    #: Of "base", "harmful", "task", "model".
+    #: Of "base", "unaligned", "safety_adapter", "harmful", "safety", "task", "model".
     needs: ClassVar[frozenset[str]] = frozenset()
     #: Whether the biases of linear modules are modules too (1-D).
     biases: ClassVar[bool] = False
@@ -102,6 +123,10 @@ class Method(BaseModel):
     edits_adapter: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
+
+    def statistics(self) -> tuple[Need, ...]:
+        """What data must say of every module before it can be planned and edited."""
+        return ()
 
     def evidence_options(self) -> dict[str, Any]:
         """Keyword arguments for the evidence, where the method needs the model."""

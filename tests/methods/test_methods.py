@@ -5,6 +5,7 @@ import torch
 
 from curvkern.methods import REGISTRY, MethodError, Module, get, make
 from curvkern.ops import unpack_mask
+from curvkern.recipe import CHECKPOINTS, DATA
 
 
 def normal(*shape, seed):
@@ -40,7 +41,7 @@ def test_every_method_states_itself(name):
     assert kind.name == name
     assert kind.source
     assert kind.__doc__
-    assert kind.needs <= {"base", "harmful", "task", "model"}
+    assert kind.needs <= {*CHECKPOINTS, *DATA, "model"}
     make(name, {})
 
 
