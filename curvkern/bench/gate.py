@@ -40,7 +40,7 @@ class Gate:
         if provider.missing:
             return replace(row, status="n/a", note=provider.missing)
         try:
-            if provider.kind == "bound":
+            if provider.kind in ("bound", "random"):
                 _results(provider.call, self._arguments)
                 return row
             got = _results(provider.call, self._arguments)

@@ -23,11 +23,16 @@ from curvkern.bench.cases import Case
 from curvkern.bench.clock import Arguments, Call, tensors_in
 
 #: ``ours``: must be right, or the run fails; ``peer``: somebody else's way to the same result; ``bound``: less work
-#: than the op must do, a floor.
-Kind = Literal["ours", "peer", "bound"]
+#: than the op must do, a floor; ``random``: the same work with random numbers of its own, so results cannot agree.
+Kind = Literal["ours", "peer", "bound", "random"]
 
 #: Other libraries, by the module to import and the name to install.
-PEERS = {"backpack": "backpack-for-pytorch", "opacus": "opacus", "curvlinops": "curvlinops-for-pytorch"}
+PEERS = {
+    "backpack": "backpack-for-pytorch",
+    "opacus": "opacus",
+    "curvlinops": "curvlinops-for-pytorch",
+    "mergekit": "mergekit",
+}
 
 BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "triton", "cuda")}
 
@@ -64,6 +69,8 @@ def providers(case: Case, arguments: Arguments, device: torch.device, backend: s
     found = list(_ours(case, arguments, device, backend))
     if case.op == "fisher":
         found += _fisher(case.function, arguments[1])
+    if case.op == "mix" and importlib.util.find_spec("mergekit") is not None:
+        found += _mergekit(case.function)
     if compiled:
         by_hand = case.function == "fisher_diag_" and not arguments[1]
         found.append(_compiled_einsum() if by_hand else _compiled(case, arguments))
@@ -231,3 +238,42 @@ def _curvlinops(fisher: Tensor, d: Tensor, x: Tensor) -> Tensor:
     correct = ekfac.compute_eigenvalue_correction_linear_weight_sharing
     # The other strategy needs [n, t, t, o + i].
     return fisher.add_(correct(d, turns[0], x, turns[1], _force_strategy="per_example_gradients"))
+
+
+# merging --------------------------------------------------------------------------------------------------------------
+
+
+def _mergekit(function: str) -> Iterator[Provider]:
+    """The same merge by mergekit's functions of tensors, and of whole state dicts for lists."""
+    name = function.removesuffix("_list")
+    if name in _MERGES:
+        call = functools.partial(_merged, name, name != function)
+        yield Provider("mergekit", call, "random" if name == "dare" else "peer")
+
+
+def _merged(name: str, lists: bool, *arguments: Any) -> Any:
+    api = importlib.import_module("mergekit.merge_methods.api")
+    models, parameters, base = _MERGES[name](*arguments)
+    method = {"dare": "dare_linear"}.get(name, name)
+    if not lists:
+        return api.merge_tensors(models, method, parameters=parameters, base_index=base)
+    states = [{str(i): tensor for i, tensor in enumerate(model)} for model in models]
+    return list(api.merge_state_dicts(states, method, parameters=parameters, base=base).values())
+
+
+#: The arguments of this package's functions as mergekit's: models, parameters by model, which is the base.
+_MERGES: dict[str, Callable[..., tuple[list[Any], dict[str, Any], int | None]]] = {
+    "linear": lambda models, weights: (models, {"weight": weights, "normalize": False}, None),
+    "slerp": lambda a, b, t: ([a, b], {"t": t}, 0),
+    "ties": lambda base, models, density, weights: (
+        [base, *models],
+        {"weight": dict(enumerate(weights, 1)), "density": dict.fromkeys(range(1, len(models) + 1), density)},
+        0,
+    ),
+    "dare": lambda base, tuned, p, seed: (
+        [base, tuned],
+        {"weight": {1: 1.0}, "density": {1: 1 - p}, "rescale": False},
+        0,
+    ),
+    "model_stock": lambda base, models: ([base, *models], {}, 0),
+}

@@ -24,7 +24,7 @@ class Row:
         dtype: of the case.
         shape: its label.
         provider: who.
-        kind: ``"ours"``, ``"peer"`` or ``"bound"`` (does less work: a floor).
+        kind: ``"ours"``, ``"peer"``, ``"bound"`` (does less work: a floor), ``"random"`` (draws of its own).
         status: ``"wrong"`` and ``"n/a"`` have no figures.
         note: why there are none.
         median: of a call on the device.

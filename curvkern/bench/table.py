@@ -115,7 +115,7 @@ def figures(row: Row) -> list[str]:
         _text(row.x_compile, ".2f"),
         _text(row.host, ".1f"),
         "" if row.extra is None else f"{row.extra / 2**20:.1f} MiB",
-        "bound" if row.kind == "bound" else _text(row.error, ".1e"),
+        row.kind if row.kind in ("bound", "random") else _text(row.error, ".1e"),
     ]
 
 

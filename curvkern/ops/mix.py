@@ -181,15 +181,11 @@ def ties(
     is to be trimmed (none for density 1), without a sort and without waiting for the device.
     """
     check_family("ties", [base, *tensors], ["base", *(f"tensors[{k}]" for k in range(len(tensors)))])
-    shares = [density] * len(tensors) if isinstance(density, (int, float)) else list(density)
+    shares = densities("ties", density, len(tensors))
     each = [1.0] * len(tensors) if weights is None else list(weights)
     check_finite("ties", scale=scale)
-    for name, given in (("density", shares), ("weights", each)):
-        if len(given) != len(tensors) or not tensors:
-            raise ValueError(f"ties: {name} has {len(given)} numbers for {len(tensors)} tensors; wanted one each.")
-    for share in shares:
-        if not 0 < share <= 1:
-            raise ValueError(f"ties: density is {share}; wanted more than 0, at most 1.")
+    if len(each) != len(tensors):
+        raise ValueError(f"ties: weights has {len(each)} numbers for {len(tensors)} tensors; wanted one each.")
     limits = [
         0.0 if share == 1 or base.numel() == 0 else kth_delta(base, t, max(1, int(share * base.numel())), backend)
         for t, share in zip(tensors, shares, strict=True)
@@ -197,6 +193,17 @@ def ties(
     family = (base, *tensors)
     numbers = coefficients(limits, *family), coefficients(each, *family)
     return merge_elected(base, tensors, *numbers, scale, normalize, backend)
+
+
+def densities(op: str, density: float | Sequence[float], count: int) -> Sequence[float]:
+    """A share to keep for each of ``count`` tensors; raise ValueError unless they fit."""
+    shares = [density] * count if isinstance(density, (int, float)) else list(density)
+    if len(shares) != count or not count:
+        raise ValueError(f"{op}: density has {len(shares)} numbers for {count} tensors; wanted one each.")
+    for share in shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"{op}: density is {share}; wanted more than 0, at most 1.")
+    return shares
 
 
 def dare(
@@ -239,17 +246,22 @@ def dare(
     Deterministic for a seed; the same bits from every backend (``l1``: up to the rounding of c).
     """
     check_family("dare", [base, tuned], ["base", "tuned"])
-    check.one_of("dare", "rescale", rescale, get_args(Rescale))
-    check_finite("dare", weight=weight)
-    if not 0 <= p < 1:
-        raise ValueError(f"dare: p is {p}; wanted at least 0, below 1.")
-    if not 0 <= seed < 1 << 63:
-        raise ValueError(f"dare: seed is {seed}; wanted 0 to 2^63 - 1.")
+    check_dare("dare", p, seed, rescale, weight)
     drop = int(p * 2**32)
     factor: float | Tensor = weight / (1 - p) if rescale == "inverse" else weight
     if rescale == "l1":
         factor = weight * _l1_factor(dare_sums(base, tuned, drop, seed, backend))
     return keep_random(base, tuned, coefficients([factor], base, tuned), drop, seed, backend)
+
+
+def check_dare(op: str, p: float, seed: int, rescale: str, weight: float) -> None:
+    """Raise ValueError unless the numbers of `dare` fit."""
+    check.one_of(op, "rescale", rescale, get_args(Rescale))
+    check_finite(op, weight=weight)
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: p is {p}; wanted at least 0, below 1.")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"{op}: seed is {seed}; wanted 0 to 2^63 - 1.")
 
 
 def _l1_factor(sums: Tensor) -> Tensor:

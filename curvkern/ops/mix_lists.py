@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from curvkern.ops.mix import Rescale, arc_weights, dare, linear, model_stock, ties
+from curvkern.ops.mix import Rescale, arc_weights, check_dare, dare, densities, linear, model_stock, ties
 from curvkern.ops.mix_passes import check_family, check_finite, coefficients, delta_dots, weighted_sum
+from curvkern.ops.philox import philox_rows
 
 # Elements; above, a call's price is small beside the bytes', and stacking would copy them.
 SMALL = 1 << 16
@@ -34,9 +36,7 @@ def linear_list(
 
     The same bits as `linear` tensor by tensor.
     """
-    return _together(
-        "linear_list", models, lambda tensors: linear(tensors, weights, normalize=normalize, backend=backend)
-    )
+    return _together("linear_list", models, lambda rows, _: linear(rows, weights, normalize=normalize, backend=backend))
 
 
 def slerp_list(
@@ -60,7 +60,7 @@ def slerp_list(
     """
     check_finite("slerp_list", t=t, colinear=colinear)
 
-    def merge(rows: list[Tensor]) -> Tensor:
+    def merge(rows: list[Tensor], members: list[int]) -> Tensor:
         dots = delta_dots(None, rows, rows[0].shape[0], backend)
         return weighted_sum(rows, arc_weights(dots, t, colinear).to(coefficients([], *rows).dtype), backend)
 
@@ -85,7 +85,7 @@ def model_stock_list(
         RuntimeError: an input requires grad under grad mode.
     """
 
-    def merge(rows: list[Tensor]) -> Tensor:
+    def merge(rows: list[Tensor], members: list[int]) -> Tensor:
         return model_stock(rows[0], rows[1:], rows=True, backend=backend)
 
     return _together("model_stock_list", [base, *models], merge)
@@ -101,7 +101,7 @@ def ties_list(
     normalize: bool = True,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """`ties` of each tensor of models, one call each: thresholds are a tensor's own.
+    """`ties` of each tensor of models; thresholds are a tensor's own.
 
     Args:
         base: tensors before fine-tuning.
@@ -119,10 +119,26 @@ def ties_list(
         TypeError, ValueError: arguments that do not fit.
         RuntimeError: an input requires grad under grad mode.
     """
-    return [
-        ties(first, others, density, weights, scale=scale, normalize=normalize, backend=backend)
-        for first, *others in _by_tensor("ties_list", [base, *models])
-    ]
+    shares = densities("ties_list", density, len(models))
+
+    def merge(rows: list[Tensor], members: list[int]) -> Tensor:
+        first, *others = rows
+        share: Sequence[float] = shares
+        if len(members) > 1 and first.numel():
+            # What is put back to the base has a delta of zero, as if `ties` had trimmed it.
+            others = [_trimmed(first, other, share) for other, share in zip(others, shares, strict=True)]
+            share = [1.0] * len(others)
+        return ties(first, others, share, weights, scale=scale, normalize=normalize, backend=backend)
+
+    return _together("ties_list", [base, *models], merge)
+
+
+def _trimmed(base: Tensor, tensor: Tensor, density: float) -> Tensor:
+    """``tensor`` [m, ...] where its delta is among the largest of its row, elsewhere ``base``."""
+    wide = torch.promote_types(torch.float32, torch.promote_types(base.dtype, tensor.dtype))
+    magnitude = (tensor.to(wide) - base.to(wide)).abs().nan_to_num(-1.0, posinf=math.inf).flatten(1)
+    limit = magnitude.topk(max(1, int(density * magnitude.shape[1])), 1).values[:, -1:]
+    return torch.where((magnitude >= limit).view(base.shape), tensor, base)  # in a dtype that holds both
 
 
 def dare_list(
@@ -135,7 +151,7 @@ def dare_list(
     weight: float = 1.0,
     backend: str = "auto",
 ) -> list[Tensor]:
-    """`dare` of each pair of tensors, one call each; tensor i takes ``seed + i``.
+    """`dare` of each pair of tensors; tensor i takes ``seed + i``.
 
     Args:
         base: tensors.
@@ -153,10 +169,20 @@ def dare_list(
         TypeError, ValueError: arguments that do not fit.
         RuntimeError: an input requires grad under grad mode.
     """
-    return [
-        dare(first, second, p, seed + i, rescale, weight=weight, backend=backend)
-        for i, (first, second) in enumerate(_by_tensor("dare_list", [base, tuned]))
-    ]
+
+    def merge(rows: list[Tensor], members: list[int]) -> Tensor:
+        first, second = rows
+        if len(members) == 1 or not first.numel():
+            return dare(first, second, p, seed + members[0], rescale, weight=weight, backend=backend)
+        moved = dare(first, second, 0.0, 0, weight=weight / (1 - p if rescale == "inverse" else 1), backend=backend)
+        words = philox_rows([seed + i for i in members], first[0].numel(), first.device)
+        return torch.where(words.view(first.shape) >= int(p * 2**32), moved, first)
+
+    check_dare("dare_list", p, seed, rescale, weight)
+    if rescale == "l1":  # its factor is a sum over each tensor
+        pairs = enumerate(_by_tensor("dare_list", [base, tuned]))
+        return [dare(b, t, p, seed + i, rescale, weight=weight, backend=backend) for i, (b, t) in pairs]
+    return _together("dare_list", [base, tuned], merge)
 
 
 def _by_tensor(op: str, models: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor, ...]]:
@@ -165,25 +191,30 @@ def _by_tensor(op: str, models: Sequence[Sequence[Tensor]]) -> list[tuple[Tensor
     if not lengths or len(set(lengths)) > 1:
         raise ValueError(f"{op}: the models have {lengths} tensors; wanted at least one model, all of one length.")
     tensors = list(zip(*models, strict=True))
-    for i, alike in enumerate(tensors):
-        first = alike[0]
-        if not all(t.shape == first.shape and t.device == first.device and not t.requires_grad for t in alike):
+    shapes = [[t.shape for t in model] for model in models]
+    devices = [[t.device for t in model] for model in models]
+    if any(alike != each[0] for each in (shapes, devices) for alike in each) or any(
+        t.requires_grad for model in models for t in model
+    ):
+        for i, alike in enumerate(tensors):
             check_family(op, alike, [f"tensor {i} of model {k}" for k in range(len(alike))])  # says what is wrong
     return tensors
 
 
-def _together(op: str, models: Sequence[Sequence[Tensor]], merge: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
-    """``merge`` takes tensors [m, ...] of m rows, one of each model, and gives one of them."""
+def _together(
+    op: str, models: Sequence[Sequence[Tensor]], merge: Callable[[list[Tensor], list[int]], Tensor]
+) -> list[Tensor]:
+    """``merge`` takes tensors [m, ...], one of each model, and the places of their m rows; it gives one of them."""
     tensors = _by_tensor(op, models)
     groups: dict[object, list[int]] = {}
-    for i, alike in enumerate(tensors):
-        small = alike[0].numel() <= SMALL
-        groups.setdefault((alike[0].shape, *(t.dtype for t in alike)) if small else i, []).append(i)
+    kinds = zip((t.shape for t in models[0]), *([t.dtype for t in model] for model in models), strict=True)
+    for i, kind in enumerate(kinds):
+        groups.setdefault(kind if kind[0].numel() <= SMALL else i, []).append(i)
     merged: dict[int, Tensor] = {}
     for members in groups.values():
         if len(members) == 1:
             rows = [t[None] for t in tensors[members[0]]]
         else:
             rows = [torch.stack([tensors[i][k] for i in members]) for k in range(len(models))]
-        merged.update(zip(members, merge(rows).unbind(), strict=True))
+        merged.update(zip(members, merge(rows, members).unbind(), strict=True))
     return [merged[i] for i in range(len(tensors))]

@@ -97,6 +97,9 @@ def check_family(op: str, tensors: Sequence[Tensor], names: Sequence[str] | None
     """Raise unless there is a tensor, all have one shape, one device and a floating dtype, and none requires grad."""
     if not tensors:
         raise ValueError(f"{op}: no tensors are given; pass at least one.")
+    shape, device = tensors[0].shape, tensors[0].device
+    if all(t.dtype in WEIGHTS and t.shape == shape and t.device == device and not t.requires_grad for t in tensors):
+        return
     named = dict(zip(names or [f"tensors[{k}]" for k in range(len(tensors))], tensors, strict=True))
     for name, tensor in named.items():
         check.dtype(op, name, tensor, WEIGHTS)

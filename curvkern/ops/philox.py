@@ -6,6 +6,7 @@ Philox 4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ _WORD = 0xFFFFFFFF
 _INT64 = 1 << 63
 
 
-def philox_rounds(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+def philox_rounds(counter: list[Tensor], key: tuple[int, int] | tuple[Tensor, Tensor]) -> list[Tensor]:
     """Philox 4x32-10 of a counter of four words, int64 tensors in [0, 2^32), under a key of two."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -43,6 +44,14 @@ def philox_ref(seed: int, n: int, offset: int = 0, device: torch.device | str = 
     zero = torch.zeros_like(index)
     words = philox_rounds([index & _WORD, index >> 32 & _WORD, zero, zero], (seed & _WORD, seed >> 32 & _WORD))
     return torch.stack(words, 1).reshape(-1)[offset - 4 * first :][:n]
+
+
+def philox_rows(seeds: Sequence[int], n: int, device: torch.device | str = "cpu") -> Tensor:
+    """int64 [seeds, n]: the first n words of the stream of each seed."""
+    low, high = (torch.tensor([seed >> at & _WORD for seed in seeds], device=device)[:, None] for at in (0, 32))
+    index = torch.arange(-(-n // 4), device=device).expand(len(seeds), -1)
+    zero = torch.zeros_like(index)
+    return torch.stack(philox_rounds([index & _WORD, index >> 32, zero, zero], (low, high)), 2).flatten(1)[:, :n]
 
 
 def signs_ref(seed: int, n: int, offset: int = 0, device: torch.device | str = "cpu") -> Tensor:

@@ -45,8 +45,10 @@ def test_the_same_as_tensor_by_tensor(dtype, backend, device):
         ties_list(base, [one, two], 0.4, [1.0, 0.5], scale=0.7, **how), base, one, two, strict=True
     ):
         assert torch.equal(got, ties(b, [x, y], 0.4, [1.0, 0.5], scale=0.7, **how))
-    for i, (got, b, x) in enumerate(zip(dare_list(base, one, 0.5, 7, **how), base, one, strict=True)):
-        assert torch.equal(got, dare(b, x, 0.5, 7 + i, **how))
+    for rescale in ("inverse", "l1", "none"):
+        merged = dare_list(base, one, 0.5, 7, rescale, weight=0.7, **how)
+        for i, (got, b, x) in enumerate(zip(merged, base, one, strict=True)):
+            assert torch.equal(got, dare(b, x, 0.5, 7 + i, rescale, weight=0.7, **how))
 
 
 def test_each_tensor_has_its_own_angle():
@@ -58,9 +60,11 @@ def test_each_tensor_has_its_own_angle():
 
 def test_dtypes_may_differ_from_tensor_to_tensor():
     base, one = models(2)
-    base[0], one[3] = base[0].half(), one[3].bfloat16()
+    base[0], base[3], one[7] = base[0].half(), base[3].half(), one[7].bfloat16()
     got = linear_list([base, one], [0.5, 0.5])
     assert [t.dtype for t in got] == [t.dtype for t in base]
+    for t, alike in zip(ties_list(base, [one], 0.5), zip(base, one, strict=True), strict=True):
+        assert torch.equal(t, ties(alike[0], alike[1:], 0.5))
     for t, alike in zip(got, zip(base, one, strict=True), strict=True):
         assert torch.equal(t, linear(alike, [0.5, 0.5]))
 
@@ -85,8 +89,8 @@ def test_nothing_is_edited_and_results_may_be():
         (lambda a, b: slerp_list(a, b[1:] + b[:1], 0.5), r"slerp_list: .*tensor 0 of model 1"),
         (lambda a, b: slerp_list(a, b, float("nan")), "slerp_list: t is nan"),
         (lambda a, b: model_stock_list(a, [b]), "two or more"),
-        (lambda a, b: dare_list(a, b, 1.0, 0), "dare: p is 1.0"),
-        (lambda a, b: ties_list(a, [b], 0.0), "ties: density is 0.0"),
+        (lambda a, b: dare_list(a, b, 1.0, 0), "dare_list: p is 1.0"),
+        (lambda a, b: ties_list(a, [b], 0.0), "ties_list: density is 0.0"),
     ],
 )
 def test_bad_input(call, message):
