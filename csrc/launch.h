@@ -104,6 +104,11 @@ CURVKERN_CPU_LAUNCHER(fisher(float* fisher, float* partial, float* weight_grad, 
                              int64_t slot_size, float scale, Statistic statistic, bool token, DType grad_dtype,
                              DType activation_dtype, int threads))
 
+// gram -------------------------------------------------------------------------------------------------------------
+// sums[j] += scale * sum over the rows that `mask` (may be null) keeps of x[row, j]^2; rows lie `stride` apart.
+CURVKERN_CPU_LAUNCHER(column_sumsq(float* sums, const void* x, const uint8_t* mask, int64_t rows, int64_t cols,
+                                   int64_t stride, float scale, DType dtype, int threads))
+
 // obs --------------------------------------------------------------------------------------------------------------
 // One panel [rows, width] with row stride `stride`: fixed entries (mask) go to target (null: 0), and later columns of
 // the panel make up for it by `triangle` [width, width], the panel's part of the upper factor. errors [rows, width] are

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvkern.backend import check
+from curvkern.backend import check, launch
 from curvkern.backend.dispatch import Route, lazily
 from curvkern.backend.register import register
 
@@ -186,6 +186,12 @@ def _cpu_gram(gram: Tensor, x: Tensor, mask: Tensor | None, scale: float) -> Non
             gram[panel, :left].add_(above[:left].T, alpha=scale)
 
 
+def _cpu_sumsq(sums: Tensor, x: Tensor, mask: Tensor | None, scale: float) -> None:
+    x = x if x.stride(1) == 1 else x.contiguous()
+    kept = None if mask is None else mask.contiguous()
+    launch.native_op("column_sumsq", x.device, sums, x, kept, *x.shape, x.stride(0), scale, x.dtype)
+
+
 # checks and registration ----------------------------------------------------------------------------------------------
 
 
@@ -221,6 +227,7 @@ _column_sumsq = register(
     "column_sumsq_(Tensor(a!) sums, Tensor x, Tensor? mask, float scale, str backend) -> ()",
     check=_check_sumsq,
     routes=(
+        Route("cpu", _cpu_sumsq, _refuse),
         Route("triton", lazily("curvkern.kernels.gram:column_sumsq"), _refuse),
         Route("reference", column_sumsq_ref),
     ),
