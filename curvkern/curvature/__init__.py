@@ -1,5 +1,6 @@
 """What data say of a model's weights: gradients and curvature of losses, gathered from the model in memory."""
 
+from curvkern.curvature.capture import KINDS
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
 from curvkern.curvature.influence import influence
@@ -7,6 +8,7 @@ from curvkern.curvature.statistics import Choices, Counts, Statistics
 from curvkern.curvature.texts import Text, from_answer
 
 __all__ = [
+    "KINDS",
     "Choices",
     "Counts",
     "CurvatureError",

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from curvkern.backend import check
-from curvkern.curvature.capture import Sink, count_uses, linear_sites, select, tapped
+from curvkern.curvature.capture import KINDS, Kind, Sink, count_uses, select, sites_of, tapped
 from curvkern.curvature.experts import expert_sites, experts_tapped
 from curvkern.curvature.hessian import Probes, twice_differentiable
 from curvkern.curvature.hidden import CurvatureError
+from curvkern.curvature.losses import Loss, backward_losses, finite, losses_of, relabelled
 from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics, fingerprint
-from curvkern.curvature.sums import QUANTITIES, RotatedSums, Sums
+from curvkern.curvature.sums import QUANTITIES, Block, RotatedSums, Sums
 from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_row
 from curvkern.curvature.texts import fingerprint as data_fingerprint
 
-Loss = Callable[[Tensor, Tensor], Tensor]
 Sample = Literal["sequence", "token", "batch"]
+LossName = Literal["response_mean", "token_mean", "token_sum"]
 FisherType = Literal["empirical", "mc", "type-2"]
 
 
@@ -34,10 +33,11 @@ def estimate(
     quantity: str | Sequence[str] = "fisher_diag",
     sample: Sample = "sequence",
     fisher_type: FisherType = "empirical",
-    loss: Literal["response_mean", "token_sum"] | Loss = "response_mean",
+    loss: LossName | Loss = "response_mean",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    block: tuple[int, int] = (128, 128),
+    kinds: Sequence[Kind] = ("linear", "experts"),
+    block: Block = (128, 128),
     mc_samples: int = 1,
     seed: int = 0,
     batch_tokens: int = 4096,
@@ -51,14 +51,16 @@ def estimate(
     r"""Sum statistics of the loss's per-sample weight gradients over data.
 
     The loss of a sample is the cross-entropy of its labelled tokens, their mean (``"response_mean"``) or sum
-    (``"token_sum"``); samples are summed. :math:`G_n` is the gradient of sample n's loss by a weight.
+    (``"token_sum"``; and ``"token_mean"``, which `Statistics.mean` divides by the mean number of targets); samples are
+    summed. :math:`G_n` is the gradient of sample n's loss by a weight.
 
     - ``gradient`` :math:`\sum_n G_n`; ``abs_gradient`` :math:`\sum_n |G_n|` (SNIP).
     - ``fisher_diag`` :math:`\sum_n G_n^2`; ``fisher_blocks``, the sums of that over tiles; ``sample_norms``
       :math:`\|G_n\|^2`, one a sample.
     - ``gauss_newton_diag``: the same square under drawn labels and summed losses, whose expectation is the diagonal of
       the generalised Gauss-Newton matrix (Gauss-Newton-Bartlett, by samples).
-    - ``kfac``: ``input_gram`` :math:`\sum_t x_t x_t^\top` and ``output_gram`` of output gradients.
+    - ``input_gram`` :math:`\sum_t x_t x_t^\top`, one for modules with the same inputs; ``kfac``: that, and
+      ``output_gram`` of output gradients.
     - ``ekfac``: ``input_basis`` and ``output_basis``, the eigenvectors of these, and ``ekfac``, the diagonal Fisher in
       that basis; a second sweep over the data.
     - ``hessian_diag`` by Hutchinson: the mean of :math:`v \odot Hv` over ``probes``, with exact products; and
@@ -78,9 +80,11 @@ def estimate(
             batching), or all in turn, weighted (``"type-2"``: exact; a backward for each target and label).
         loss: a name, or a callable of logits [n, t, vocabulary] and labels [n, t] that gives [n]; labels are -100 where
             no loss is, and logits at t predict labels at t + 1.
-        include: patterns on parameter names; empty: linear and expert weights inside numbered layers.
+        include: patterns on parameter names; empty: all inside numbered layers.
         exclude: patterns of weights to leave out.
-        block: sides of the tiles of ``fisher_blocks``.
+        kinds: of what modules: ``"linear"``, ``"experts"``, ``"norm"``, ``"embedding"`` (a tied head is part of it).
+            Norms and embeddings have no blocks and no factors.
+        block: sides of the tiles of ``fisher_blocks``, or one tile for each ``"row"``, ``"column"``, ``"module"``.
         mc_samples: draws of labels per sample.
         seed: of the draws and probes.
         batch_tokens: tokens of a batch, padding included.
@@ -104,7 +108,7 @@ def estimate(
     Gauss-Newton-Bartlett.
     """
     wanted = (quantity,) if isinstance(quantity, str) else tuple(quantity)
-    _check(wanted, sample, fisher_type, loss, mc_samples, probes)
+    _check(wanted, sample, fisher_type, loss, kinds, block, mc_samples, probes)
     texts = checked([from_row(row) for row in data], max_length)
     draws = mc_samples if fisher_type == "mc" else 1
     choices = Choices(
@@ -126,18 +130,18 @@ def estimate(
     counts = Counts()
     if gathered:
         sums = Sums(gathered, sample, block, len(texts) - begin)
-        with measured(model, include, exclude, texts[0], sums.add) as started:
+        with measured(model, include, exclude, kinds, texts[0], sums.add) as started:
             counts = run.sweep(lambda batch: _backwards(run, batch, started, sums, fisher_type, seed))
         found |= {quantity: _first(counts.rows, of) if quantity in ROWS else of for quantity, of in sums.found.items()}
     if "ekfac" in wanted:
         rotated = RotatedSums(found, sample)
-        with measured(model, include, exclude, texts[0], rotated.add) as started:
+        with measured(model, include, exclude, kinds, texts[0], rotated.add) as started:
             run.sweep(lambda batch: _backwards(run, batch, started, rotated, fisher_type, seed))
         found |= rotated.found
     if "ekfac" in wanted and "kfac" not in wanted:
         del found["input_gram"], found["output_gram"]
     if "hessian_diag" in wanted:
-        parameters = _parameters(model, include, exclude)
+        parameters = _parameters(model, include, exclude, kinds)
         products = Probes(parameters, probes, seed)
         with _ready(model, parameters), twice_differentiable(model):
             counts = run.sweep(lambda batch: _products(run, batch, products))
@@ -200,7 +204,7 @@ def _backwards(
 ) -> bool:
     """Backward passes of a batch under the labels that the kind of Fisher asks for."""
     started(batch)
-    for part in _relabelled(run.model, batch, fisher_type, run.draws, seed, run.loss):
+    for part in relabelled(run.model, batch, fisher_type, run.draws, seed, run.loss):
         started(part)
         sums.first = batch.first - run.begin
         if not backward_losses(run.model, part, run.loss, skip=run.skip):
@@ -208,21 +212,12 @@ def _backwards(
     return True
 
 
-def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = False) -> bool:
-    """A backward pass of a batch; false, and none, where a loss is not finite and ``skip`` is set."""
-    losses = _losses(model, batch, loss)
-    if not _finite(losses, batch, skip=skip):
-        return False
-    losses.sum().backward()
-    return True
-
-
 def _products(run: _Run, batch: Batch, probes: Probes) -> bool:
     """Products of a batch's Hessian with the probes."""
     with torch.no_grad():
-        if not _finite(_losses(run.model, batch, run.loss), batch, skip=run.skip):
+        if not finite(losses_of(run.model, batch, run.loss), batch, skip=run.skip):
             return False
-    probes.add(lambda: _losses(run.model, batch, run.loss).sum())
+    probes.add(lambda: losses_of(run.model, batch, run.loss).sum())
     return True
 
 
@@ -244,16 +239,32 @@ def _already(resume: Statistics | None, choices: Choices, wanted: Sequence[str],
     return done
 
 
-def _check(wanted: Sequence[str], sample: str, fisher_type: str, loss: object, mc_samples: int, probes: int) -> None:
+def _check(
+    wanted: Sequence[str],
+    sample: str,
+    fisher_type: str,
+    loss: object,
+    kinds: Sequence[str],
+    block: Any,
+    mc_samples: int,
+    probes: int,
+) -> None:
     for quantity in wanted:
         check.one_of("estimate", "quantity", quantity, QUANTITIES)
+    for kind in kinds:
+        check.one_of("estimate", "kinds", kind, KINDS)
+    if isinstance(loss, str):
+        check.one_of("estimate", "loss", loss, get_args(LossName))
+    if isinstance(block, str):
+        check.one_of("estimate", "block", block, ("row", "column", "module"))
     check.one_of("estimate", "sample", sample, get_args(Sample))
     check.one_of("estimate", "fisher_type", fisher_type, get_args(FisherType))
     check.at_least("estimate", "mc_samples", mc_samples, 1)
     check.at_least("estimate", "probes", probes, 2)
     if not wanted:
         raise CurvatureError("estimate: no quantity is asked for")
-    if "gauss_newton_diag" in wanted and (fisher_type == "empirical" or loss != "token_sum" or sample != "sequence"):
+    of_sums = loss in ("token_sum", "token_mean") and sample == "sequence"
+    if "gauss_newton_diag" in wanted and (fisher_type == "empirical" or not of_sums):
         raise CurvatureError(
             "estimate: 'gauss_newton_diag' is a square under the model's own labels: pass fisher_type='mc' or "
             "'type-2', loss='token_sum', sample='sequence'"
@@ -266,7 +277,7 @@ def _check(wanted: Sequence[str], sample: str, fisher_type: str, loss: object, m
 
 @contextmanager
 def measured(
-    model: Any, include: Sequence[str], exclude: Sequence[str], text: Text, sink: Sink
+    model: Any, include: Sequence[str], exclude: Sequence[str], kinds: Sequence[str], text: Text, sink: Sink
 ) -> Generator[Callable[[Batch], None]]:
     """Inside, backward passes give pairs to ``sink``; gives what is told of each batch before it runs."""
     current: list[Batch] = []
@@ -274,7 +285,7 @@ def measured(
     def mask() -> Tensor:
         return current[-1].mask
 
-    linear, experts = select([*linear_sites(model), *expert_sites(model)], include, exclude)
+    linear, experts = select([*sites_of(model), *expert_sites(model)], include, exclude, kinds)
     with _ready(model, {}):
         ids = torch.tensor([text.ids], device=model.device)
         uses = count_uses(linear, lambda: model(input_ids=ids, use_cache=False))
@@ -283,9 +294,11 @@ def measured(
             yield lambda batch: current.__setitem__(slice(None), [batch])
 
 
-def _parameters(model: Any, include: Sequence[str], exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+def _parameters(
+    model: Any, include: Sequence[str], exclude: Sequence[str], kinds: Sequence[str]
+) -> dict[str, nn.Parameter]:
     """The weights that are selected, and their biases."""
-    linear, experts = select([*linear_sites(model), *expert_sites(model)], include, exclude)
+    linear, experts = select([*sites_of(model), *expert_sites(model)], include, exclude, kinds)
     names = {name for site in (*linear, *experts) for name in (site.name, site.bias)}
     every: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
     return {name: parameter for name, parameter in every if name in names}
@@ -312,80 +325,3 @@ def _ready(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Generator[No
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         model.train(training)
-
-
-def _losses(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
-    """[n], in float32."""
-    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-    if not isinstance(loss, str):
-        return loss(logits, batch.labels)
-    # Labels move to the logits that predict them, not the other way: logits are the largest tensor there is.
-    labels = torch.nn.functional.pad(batch.labels[:, 1:], (0, 1), value=UNLABELLED)
-    kept, flat = labels != UNLABELLED, logits.flatten(0, 1)
-    rows = kept.flatten().nonzero().flatten()
-    if 2 * len(rows) < len(flat):
-        tokens = cross_entropy(flat.index_select(0, rows).float(), labels.flatten()[rows], reduction="none")
-        per_token = torch.zeros(labels.numel(), device=logits.device).index_put((rows,), tokens).view(labels.shape)
-    else:
-        per_token = cross_entropy(flat.float(), labels.flatten(), reduction="none", ignore_index=UNLABELLED)
-        per_token = per_token.view(labels.shape)
-    if batch.weights is not None:
-        return (per_token[:, :-1] * batch.weights[:, 1:]).sum()[None]
-    return per_token.sum(1) / kept.sum(1) if loss == "response_mean" else per_token.sum(1)
-
-
-def _finite(losses: Tensor, batch: Batch, skip: bool) -> bool:
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad and not skip:
-        rows = ", ".join(str(batch.first + at + 1) for at in bad[:8])
-        raise CurvatureError(
-            f"estimate: the loss of rows {rows} is not finite; look at the data and the model, or pass "
-            "non_finite='skip' to leave such batches out"
-        )
-    return not bad
-
-
-def _relabelled(model: Any, batch: Batch, fisher_type: str, draws: int, seed: int, loss: str | Loss) -> Iterator[Batch]:
-    """The batch with the labels that the kind of Fisher asks for."""
-    if fisher_type == "empirical":
-        yield batch
-        return
-    with torch.no_grad():
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
-    shares = logits.double().softmax(-1)
-    if fisher_type == "mc":
-        for draw in range(draws):
-            yield replace(batch, labels=_drawn(shares, batch, f"{seed}/{draw}"))
-    else:
-        yield from _all_labels(shares, batch, loss)
-
-
-def _drawn(shares: Tensor, batch: Batch, seed: str) -> Tensor:
-    """Labels drawn from the model, by a uniform number for each row and place: the same in every batch."""
-    labels = batch.labels.clone()
-    for row in range(len(labels)):
-        at = (labels[row, 1:] != UNLABELLED).nonzero().flatten()
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{batch.first + row}".encode()))
-        uniform = torch.rand(len(at), generator=generator, dtype=torch.float64).to(labels.device)
-        cumulative = shares[row, at].cumsum(-1)
-        drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:]).flatten()
-        labels[row, at + 1] = drawn.clamp(max=shares.shape[-1] - 1)
-    return labels
-
-
-def _all_labels(shares: Tensor, batch: Batch, loss: str | Loss) -> Iterator[Batch]:
-    """For each row and place a batch of copies, one for each label, whose loss carries the root of its probability.
-
-    Gradients of different places are uncorrelated under the model's own labels, so that squares add up.
-    """
-    for row in range(len(batch.ids)):
-        places = (batch.labels[row, 1:] != UNLABELLED).nonzero().flatten().tolist()
-        for place in places:
-            vocabulary = shares.shape[-1]
-            labels = torch.full_like(batch.labels[row], UNLABELLED).repeat(vocabulary, 1)
-            labels[:, place + 1] = torch.arange(vocabulary, device=labels.device)
-            weights = torch.zeros(labels.shape, device=labels.device)
-            weights[:, place + 1] = shares[row, place].sqrt().float() / (len(places) if loss == "response_mean" else 1)
-            copies = (x[row].repeat(vocabulary, 1) for x in (batch.ids, batch.mask))
-            ids, mask = copies
-            yield Batch(batch.first + row, ids, labels, mask, weights)

@@ -41,7 +41,7 @@ def expert_sites(model: nn.Module) -> list[Site]:
             weight = getattr(module, parameter, None)
             if isinstance(weight, nn.Parameter) and weight.ndim == 3:
                 transposed = bool(getattr(module, "is_transposed", False))
-                sites.append(Site(f"{name}.{parameter}", tuple(weight.shape), transposed, None, (module,)))
+                sites.append(Site(f"{name}.{parameter}", tuple(weight.shape), transposed, None, (module,), "experts"))
     return sites
 
 

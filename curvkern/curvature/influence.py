@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from curvkern.curvature.capture import Pair, Site
-from curvkern.curvature.estimate import Loss, backward_losses, measured
+from curvkern.curvature.estimate import measured
+from curvkern.curvature.losses import Loss, backward_losses
 from curvkern.curvature.texts import batches, checked, from_row
 from curvkern.ops import sample_dots
 
@@ -52,7 +53,7 @@ def influence(
     def keep(site: Site, pair: Pair) -> None:
         kept[-1][1][site.name] = pair
 
-    with measured(model, include, exclude, asked[0], keep) as started:
+    with measured(model, include, exclude, ("linear", "experts"), asked[0], keep) as started:
         for batch in batches(asked, batch_tokens, model.device):
             kept.append((batch.first, {}))
             started(batch)
@@ -65,7 +66,7 @@ def influence(
             for dots in _dots(pair, pairs[site.name]):
                 out[at : at + dots.shape[0], first : first + dots.shape[1]] += dots
 
-    with measured(model, include, exclude, texts[0], add) as started:
+    with measured(model, include, exclude, ("linear", "experts"), texts[0], add) as started:
         for batch in batches(texts, batch_tokens, model.device):
             at = batch.first
             started(batch)

@@ -1,8 +1,9 @@
 """Statistics of weights: raw sums and what they were summed over, in a file that others can read.
 
 A file is safetensors. Tensors are named ``<quantity>/<parameter>``; the metadata entry ``curvkern`` is JSON: the
-choices (`Choices`), the counts (`Counts`), the parameters that were not measured. Sums are float32 and not normalised:
-files of parts of the data add up.
+choices (`Choices`), the counts (`Counts`), the parameters that were not measured, and under ``shared`` the tensors that
+stand in the file under another name only (modules with the same inputs share a Gram). Sums are float32 and not
+normalised: files of parts of the data add up.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor
 
 from curvkern.curvature.hidden import CurvatureError
 
-#: Quantities that grow with the number of samples, or of tokens; `Statistics.mean` divides by it.
-PER_SAMPLE = (
-    "gradient", "fisher_diag", "gauss_newton_diag", "fisher_blocks", "abs_gradient", "ekfac", "hessian_diag",
-    "hessian_trace",
-)  # fmt: skip
-PER_TOKEN = ("input_gram", "output_gram")
+#: Quantities that grow with the number of samples, or of tokens, and the power of the loss that they grow with.
+PER_SAMPLE = {
+    "gradient": 1, "abs_gradient": 1, "hessian_diag": 1, "hessian_trace": 1,
+    "fisher_diag": 2, "gauss_newton_diag": 2, "fisher_blocks": 2, "ekfac": 2,
+}  # fmt: skip
+PER_TOKEN = {"input_gram": 0, "output_gram": 2}
 #: One row a sample: of parts of the data they stand one after the other.
 ROWS = ("sample_norms", "low_rank")
 
@@ -36,8 +37,8 @@ class Choices:
         model: fingerprint of the model's parameters.
         sample: ``"sequence"``, ``"token"`` or ``"batch"``.
         fisher_type: ``"empirical"``, ``"mc"`` or ``"type-2"``.
-        loss: ``"response_mean"``, ``"token_sum"`` or the name of a callable.
-        block: sides of the tiles of ``fisher_blocks``.
+        loss: ``"response_mean"``, ``"token_mean"``, ``"token_sum"`` or the name of a callable.
+        block: sides of the tiles of ``fisher_blocks``, or their name.
         mc_samples: label draws per sample, for ``"mc"``.
         probes: random directions, for ``hessian_diag``.
         seed: of draws and probes.
@@ -48,7 +49,7 @@ class Choices:
     sample: str = "sequence"
     fisher_type: str = "empirical"
     loss: str = "response_mean"
-    block: tuple[int, int] = (128, 128)
+    block: tuple[int, int] | str = (128, 128)
     mc_samples: int = 1
     probes: int = 8
     seed: int = 0
@@ -106,10 +107,17 @@ class Statistics:
         return self.sums[quantity]
 
     def mean(self, quantity: str) -> dict[str, Tensor]:
-        """The sums over the number of samples; of Gram matrices, over the number of tokens."""
-        if quantity not in (*PER_SAMPLE, *PER_TOKEN):
+        """The sums over the number of samples; of Gram matrices, over the number of tokens.
+
+        The sums of ``loss="token_mean"`` are of a sample's summed loss; here it is divided by the mean number of
+        targets of a sample, so that the mean loss is that of a token.
+        """
+        power = {**PER_SAMPLE, **PER_TOKEN}.get(quantity)
+        if power is None:
             raise CurvatureError(f"statistics: {quantity!r} is no sum over data, so it has no mean")
         count = self.counts.tokens if quantity in PER_TOKEN else self.counts.samples
+        if self.choices.loss == "token_mean":
+            count *= (self.counts.targets / self.counts.samples) ** power
         return {name: tensor / count for name, tensor in self[quantity].items()}
 
     def __add__(self, other: Statistics) -> Statistics:
@@ -131,7 +139,16 @@ class Statistics:
             raise CurvatureError("statistics: they do not hold the same quantities of the same parameters")
         if "ekfac" in self.sums:
             raise CurvatureError("statistics: EK-FAC of two parts of the data is in two bases; estimate both at once")
-        sums = {q: {name: _joined(q, t, other.sums[q][name]) for name, t in of.items()} for q, of in self.sums.items()}
+        joined: dict[tuple[int, int], Tensor] = {}  # what both share stays shared
+        sums: dict[str, dict[str, Tensor]] = {}
+        for quantity, of in self.sums.items():
+            sums[quantity] = {}
+            for name, one in of.items():
+                two = other.sums[quantity][name]
+                key = one.data_ptr(), two.data_ptr()
+                if key not in joined or not one.numel():
+                    joined[key] = _joined(quantity, one, two)
+                sums[quantity][name] = joined[key]
         return replace(self, counts=self.counts + other.counts, sums=sums)
 
     def trace_error(self) -> dict[str, tuple[float, float]]:
@@ -145,8 +162,12 @@ class Statistics:
         """Write one safetensors file; what was there is replaced when the new file is whole."""
         from safetensors.torch import save_file
 
+        every = {f"{q}/{name}": t for q, of in self.sums.items() for name, t in of.items()}
+        first = {t.data_ptr(): key for key, t in reversed(every.items()) if t.numel()}
+        shared = {key: first[t.data_ptr()] for key, t in every.items() if first.get(t.data_ptr(), key) != key}
+        tensors = {key: t.contiguous().cpu() for key, t in every.items() if key not in shared}
         meta = {"choices": asdict(self.choices), "counts": asdict(self.counts), "unmeasured": self.unmeasured}
-        tensors = {f"{q}/{name}": t.contiguous().cpu() for q, of in self.sums.items() for name, t in of.items()}
+        meta["shared"] = shared
         path = Path(path)
         part = path.with_name(path.name + ".part")
         try:
@@ -172,6 +193,7 @@ class Statistics:
             raise CurvatureError(f"{path}: not a safetensors file ({error})") from None
         if meta is None:
             raise CurvatureError(f"{path}: holds no statistics of curvkern (no 'curvkern' in its metadata)")
+        tensors |= {key: tensors[first] for key, first in meta.get("shared", {}).items()}
         return cls(_choices(meta["choices"]), _counts(meta["counts"]), _nested(tensors), tuple(meta["unmeasured"]))
 
 
@@ -180,7 +202,8 @@ def _joined(quantity: str, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _choices(found: Mapping[str, Any]) -> Choices:
-    values: dict[str, Any] = {**found, "block": tuple(found["block"])}
+    block = found["block"]
+    values: dict[str, Any] = {**found, "block": block if isinstance(block, str) else tuple(block)}
     return Choices(**values)
 
 
