@@ -33,6 +33,12 @@ def _parameters(assignments: list[str]) -> dict[str, Any]:
     return parameters
 
 
+def _sides(block: str) -> tuple[int, int] | str:
+    """``128x64`` as numbers."""
+    rows, _, cols = block.partition("x")
+    return (int(rows), int(cols)) if rows.isdigit() and cols.isdigit() else block
+
+
 @app.command()
 def restore(
     recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options override its entries.")] = None,
@@ -81,9 +87,12 @@ def curvature(
     quantity: Annotated[str, typer.Option(help="One or several, by commas: fisher_diag,gradient.")] = "fisher_diag",
     sample: Annotated[str, typer.Option(help="What is squared: sequence, token or batch.")] = "sequence",
     fisher_type: Annotated[str, typer.Option(help="empirical, mc or type-2.")] = "empirical",
-    loss: Annotated[str, typer.Option(help="response_mean or token_sum.")] = "response_mean",
+    loss: Annotated[str, typer.Option(help="response_mean, token_mean or token_sum.")] = "response_mean",
     mc_samples: Annotated[int, typer.Option(help="Draws of labels, for mc.")] = 1,
     probes: Annotated[int, typer.Option(help="Random directions, for hessian_diag.")] = 8,
+    hvp: Annotated[str, typer.Option(help="Products with the Hessian: exact or difference.")] = "exact",
+    kinds: Annotated[str, typer.Option(help="Of linear,experts,norm,embedding.")] = "linear,experts",
+    block: Annotated[str, typer.Option(help="Tiles of fisher_blocks: 128x128, row, column, module.")] = "128x128",
     seed: Annotated[int, typer.Option(help="Of draws and probes.")] = 0,
     include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
@@ -102,10 +111,14 @@ def curvature(
 
     found = measure(
         model, data, out, quantity=quantity.split(","), sample=sample, fisher_type=fisher_type, loss=loss,
-        mc_samples=mc_samples, probes=probes, seed=seed, include=include or (), exclude=exclude or (),
-        batch_tokens=batch_tokens, max_length=max_length, non_finite=non_finite, html=html, against=against,
-        device=device, overwrite=overwrite, resume=resume, progress=not quiet,
+        mc_samples=mc_samples, probes=probes, hvp=hvp, kinds=kinds.split(","), block=_sides(block), seed=seed,
+        include=include or (), exclude=exclude or (), batch_tokens=batch_tokens, max_length=max_length,
+        non_finite=non_finite, html=html, against=against, device=device, overwrite=overwrite, resume=resume,
+        progress=not quiet,
     )  # fmt: skip
+    if found.unmeasured:
+        few = ", ".join(found.unmeasured[:4])
+        typer.echo(f"not measured: {len(found.unmeasured)} parameters, such as {few}; the file names all")
     done, total = found.counts.rows, rows_of(data)
     typer.echo(f"{out}: {', '.join(found.sums)} of {done} rows, {found.counts.targets} targets")
     if done < total:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from curvkern.curvature import Statistics
+    from curvkern.curvature import Memory, Statistics
     from curvkern.evaluate import Example
 
 
@@ -49,7 +49,7 @@ def measure(
         CurvatureError, ValueError, FileNotFoundError: inputs that are wrong or do not fit, before any heavy work.
         FileExistsError: there is something at ``out``.
     """
-    from curvkern.curvature import Statistics, estimate, from_answer
+    from curvkern.curvature import Statistics, estimate, from_answer, memory_needed
     from curvkern.evaluate import load, read_jsonl
 
     path = Path(out).expanduser()
@@ -66,6 +66,8 @@ def measure(
     network, tokenizer = load(model)
     network.to(device)  # pyright: ignore[reportArgumentType]
     texts = [from_answer(tokenizer, row.asked(), row.response or "") for row in rows]
+    if progress:
+        _print_memory(memory_needed(network, texts, quantity=quantity, **_of_memory(choices)))
     with _patient() as interrupted, _bar(len(texts), progress) as tell:
         found = estimate(
             network, texts, quantity=quantity, tell=tell, stop=lambda: bool(interrupted), resume=earlier, **choices
@@ -78,6 +80,20 @@ def measure(
         text = render_statistics(title, found.sums, _facts(found), None if other is None else other.sums)
         page.write_text(text, encoding="utf-8")
     return found
+
+
+def _of_memory(choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What `memory_needed` takes of the choices of `estimate`."""
+    taken = ("fisher_type", "loss", "include", "exclude", "kinds", "block", "batch_tokens", "max_length", "probes")
+    return {key: choices[key] for key in taken if key in choices}
+
+
+def _print_memory(memory: Memory) -> None:
+    from rich.console import Console
+
+    parts = {"statistics": memory.statistics, "activations": memory.activations, "the model": memory.model}
+    told = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in parts.items())
+    Console(stderr=True).print(f"memory needed: {told}", highlight=False)
 
 
 def rows_of(data: str | Path) -> int:

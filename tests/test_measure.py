@@ -82,7 +82,12 @@ def test_from_the_command_line(family, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--quantity", "fisher_diag,gradient", "--include", "*layers.1*"])
     assert done.exit_code == 0, done.output
     assert "gradient, fisher_diag of 6 rows" in done.output
+    assert "not measured: " in done.output
     assert all(".1." in name for name in Statistics.load(out)["gradient"])
+    told = CliRunner().invoke(app, [*arguments[:-1], "--overwrite", "--quantity", "fisher_blocks", "--block", "row"])
+    assert "memory needed: statistics" in told.output
+    assert Statistics.load(out).choices.block == "row"
+    CliRunner().invoke(app, [*arguments, "--overwrite", "--quantity", "gradient"])
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, FileExistsError)
     assert "pass --overwrite to replace it" in str(again.exception)

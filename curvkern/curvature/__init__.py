@@ -4,6 +4,7 @@ from curvkern.curvature.capture import KINDS
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
 from curvkern.curvature.influence import influence
+from curvkern.curvature.memory import Memory, memory_needed
 from curvkern.curvature.statistics import Choices, Counts, Statistics
 from curvkern.curvature.texts import Text, from_answer
 
@@ -13,9 +14,11 @@ __all__ = [
     "Counts",
     "CurvatureError",
     "HiddenEvidence",
+    "Memory",
     "Statistics",
     "Text",
     "estimate",
     "from_answer",
     "influence",
+    "memory_needed",
 ]

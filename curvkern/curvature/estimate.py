@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -18,7 +20,7 @@ from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.losses import Loss, backward_losses, finite, losses_of, relabelled
 from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics, fingerprint
 from curvkern.curvature.sums import QUANTITIES, Block, RotatedSums, Sums
-from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_row
+from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_rows
 from curvkern.curvature.texts import fingerprint as data_fingerprint
 
 Sample = Literal["sequence", "token", "batch"]
@@ -43,6 +45,7 @@ def estimate(
     batch_tokens: int = 4096,
     max_length: int | None = None,
     probes: int = 8,
+    hvp: Literal["exact", "difference"] = "exact",
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
@@ -71,9 +74,10 @@ def estimate(
     ``low_rank`` no gradient of a weight is formed.
 
     Args:
-        model: a causal language model of transformers, in memory; left as it was. PEFT models too: then the weights of
-            the adapter are linear modules like others.
-        data: mappings with ``input_ids`` and ``labels`` (-100: no loss), or `texts.Text`; padding does not change sums.
+        model: a causal language model of transformers, in memory and left as it was, or the directory of one. PEFT
+            models too: then the weights of the adapter are linear modules like others.
+        data: mappings with ``input_ids`` and ``labels`` (-100: no loss), or `texts.Text`. Padded rows come with their
+            ``attention_mask``, packed ones with ``position_ids``: sums are those of the single samples.
         quantity: one or several of the above.
         sample: what is squared: a sequence's gradient, a token's, or that of a batch of ``batch_tokens``.
         fisher_type: labels from the data (``"empirical"``), drawn from the model (``"mc"``; the same for every
@@ -90,10 +94,12 @@ def estimate(
         batch_tokens: tokens of a batch, padding included.
         max_length: tokens of a sample; the rest is cut off.
         probes: random directions of ``hessian_diag``, at least 2.
+        hvp: products with the Hessian by a second backward, with attention and experts in plain operations, or by
+            central differences of gradients, with the model as it is configured; these keep a copy of the weights.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all).
-        stop: asked after each batch; if true, the statistics are those of the samples so far (an error where the
-            quantities take several sweeps over the data).
+        stop: asked after each batch; if true, the statistics are those of the samples so far. Of quantities that take
+            several sweeps over the data, what is complete is kept, and a warning names the rest.
         resume: statistics of the first rows of ``data``, from a run that was stopped; the rest is added.
 
     Returns:
@@ -109,7 +115,11 @@ def estimate(
     """
     wanted = (quantity,) if isinstance(quantity, str) else tuple(quantity)
     _check(wanted, sample, fisher_type, loss, kinds, block, mc_samples, probes)
-    texts = checked([from_row(row) for row in data], max_length)
+    if isinstance(model, str | Path):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model)
+    texts = checked(from_rows(data), max_length)
     draws = mc_samples if fisher_type == "mc" else 1
     choices = Choices(
         model=fingerprint(model.named_parameters()),
@@ -124,8 +134,8 @@ def estimate(
     )
     begin = _already(resume, choices, wanted, texts)
     gathered = [name for name in wanted if name != "hessian_diag"]
-    alone = bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted) == 1
-    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop, alone)
+    sweeps = bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted)
+    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop, sweeps)
     found: dict[str, dict[str, Tensor]] = {}
     counts = Counts()
     if gathered:
@@ -133,19 +143,27 @@ def estimate(
         with measured(model, include, exclude, kinds, texts[0], sums.add) as started:
             counts = run.sweep(lambda batch: _backwards(run, batch, started, sums, fisher_type, seed))
         found |= {quantity: _first(counts.rows, of) if quantity in ROWS else of for quantity, of in sums.found.items()}
-    if "ekfac" in wanted:
+    if "ekfac" in wanted and not run.stopped:
         rotated = RotatedSums(found, sample)
         with measured(model, include, exclude, kinds, texts[0], rotated.add) as started:
             run.sweep(lambda batch: _backwards(run, batch, started, rotated, fisher_type, seed))
-        found |= rotated.found
-    if "ekfac" in wanted and "kfac" not in wanted:
-        del found["input_gram"], found["output_gram"]
-    if "hessian_diag" in wanted:
+        if not run.stopped:
+            found |= rotated.found
+    if "hessian_diag" in wanted and not run.stopped:
         parameters = _parameters(model, include, exclude, kinds)
         products = Probes(parameters, probes, seed)
-        with _ready(model, parameters), twice_differentiable(model):
-            counts = run.sweep(lambda batch: _products(run, batch, products))
-        found |= products.found
+        add = products.add if hvp == "exact" else products.add_differences
+        with _ready(model, parameters), twice_differentiable(model) if hvp == "exact" else nullcontext():
+            swept = run.sweep(lambda batch: _products(run, batch, add))
+        if not (run.stopped and gathered):  # what is begun is of fewer rows than the rest
+            counts, found = swept, found | products.found
+    for extra in set(found) - _stored(wanted):
+        del found[extra]
+    if not found:
+        raise CurvatureError(f"estimate: stopped before anything of {', '.join(wanted)} was complete")
+    if missing := _stored(wanted) - set(found):
+        left = ", ".join(sorted(missing))
+        warnings.warn(f"estimate: stopped before {left} was complete; it is left out", stacklevel=2)
     end = begin + counts.rows
     counts = replace(counts, data=(data_fingerprint(texts[begin:end]),))
     covered = {name for of in found.values() for name in of}
@@ -155,6 +173,16 @@ def estimate(
         return result
     result = resume + result
     return replace(result, counts=replace(result.counts, data=(data_fingerprint(texts[:end]),)))
+
+
+def _stored(wanted: Iterable[str]) -> set[str]:
+    """The names under which quantities are stored."""
+    parts = {
+        "kfac": ("input_gram", "output_gram"),
+        "ekfac": ("input_basis", "output_basis", "ekfac"),
+        "hessian_diag": ("hessian_diag", "hessian_trace"),
+    }
+    return {part for quantity in wanted for part in parts.get(quantity, (quantity,))}
 
 
 def _first(rows: int, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -174,7 +202,9 @@ class _Run:
     skip: bool
     tell: Callable[[int, int], None]
     stop: Callable[[], bool]
-    alone: bool  # one sweep gives all that is asked for
+    sweeps: int
+    swept: int = 0
+    stopped: bool = False
 
     def sweep(self, run: Callable[[Batch], bool]) -> Counts:
         """``run`` every batch; it says whether the batch counts. What is left when ``stop`` says so is left out."""
@@ -187,15 +217,12 @@ class _Run:
                     tokens=int(batch.mask.sum()) * self.draws,
                     targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * self.draws,
                 )
-            self.tell(batch.first + len(batch.ids), len(self.texts))
-            if not self.stop():
-                continue
-            if not self.alone:
-                raise CurvatureError(
-                    "estimate: stopped amid one of several sweeps over the data, so nothing is complete; 'ekfac' takes "
-                    "two, 'hessian_diag' one of its own: asked for alone, the others keep what is done"
-                )
-            break
+            done = batch.first + len(batch.ids)
+            self.tell((self.swept * len(self.texts) + done) // self.sweeps, len(self.texts))
+            if self.stop() and done < len(self.texts):
+                self.stopped = True
+                break
+        self.swept += 1
         return counts
 
 
@@ -212,12 +239,12 @@ def _backwards(
     return True
 
 
-def _products(run: _Run, batch: Batch, probes: Probes) -> bool:
+def _products(run: _Run, batch: Batch, add: Callable[[Callable[[], Tensor]], None]) -> bool:
     """Products of a batch's Hessian with the probes."""
     with torch.no_grad():
         if not finite(losses_of(run.model, batch, run.loss), batch, skip=run.skip):
             return False
-    probes.add(lambda: losses_of(run.model, batch, run.loss).sum())
+    add(lambda: losses_of(run.model, batch, run.loss).sum())
     return True
 
 
@@ -232,6 +259,9 @@ def _already(resume: Statistics | None, choices: Choices, wanted: Sequence[str],
         was, now = getattr(resume.choices, name), getattr(choices, name)
         if was != now:
             raise CurvatureError(f"estimate: cannot resume: {name} was {was!r}, is {now!r}")
+    if set(resume.sums) != _stored(wanted):
+        there, asked = (", ".join(sorted(names)) for names in (resume.sums, _stored(wanted)))
+        raise CurvatureError(f"estimate: cannot resume: there is {there}, asked for is {asked}")
     if resume.counts.data != (data_fingerprint(texts[:done]),):
         raise CurvatureError(f"estimate: cannot resume: the first {done} rows are not those it was begun with")
     if done == len(texts):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ class Probes:
         self._parameters = parameters
         self._probes = probes
         self._seed = seed
+        self._offsets = dict(zip(parameters, _starts(parameters.values()), strict=True))
         diag, trace = ({}, {})
         for name, parameter in parameters.items():
             diag[name] = torch.zeros(parameter.shape, device=parameter.device)
@@ -53,41 +55,69 @@ class Probes:
         self.found: dict[str, dict[str, Tensor]] = {"hessian_diag": diag, "hessian_trace": trace}
 
     def add(self, loss: Callable[[], Tensor]) -> None:
-        """Add the products of one batch; ``loss`` runs the model and gives the sum of its losses."""
-        offsets = dict(zip(self._parameters, _starts(self._parameters.values()), strict=True))
+        """Add the exact products of one batch; ``loss`` runs the model and gives the sum of its losses."""
         for probe in range(self._probes):
-            seed = self._seed + probe
             grads: Sequence[Tensor | None] = torch.autograd.grad(
                 loss(), list(self._parameters.values()), create_graph=True, allow_unused=True
             )
             used = [(name, g) for name, g in zip(self._parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
-            total = torch.stack([_SignedSum.apply(g, seed, offsets[name]) for name, g in used]).sum()  # pyright: ignore[reportArgumentType, reportUnknownMemberType, reportUnknownArgumentType]
-            del grads, used
-            handles = [
-                parameter.register_post_accumulate_grad_hook(self._taker(name, probe, seed, offsets[name]))
-                for name, parameter in self._parameters.items()
-            ]
-            try:
-                total.backward()
-            finally:
-                for handle in handles:
-                    handle.remove()
+            signed = [_SignedSum.apply(g, self._seed + probe, self._offsets[name]) for name, g in used]  # pyright: ignore[reportUnknownMemberType]
+            total = torch.stack(cast("list[Tensor]", signed)).sum()
+            del grads, used, signed
+            self._take(total, probe, 1.0)
 
-    def _taker(self, name: str, probe: int, seed: int, offset: int) -> Callable[[Tensor], None]:
-        """Takes a parameter's product as soon as it is whole, and lets go of it."""
+    def add_differences(self, loss: Callable[[], Tensor]) -> None:
+        r"""Add :math:`v \odot (g(w + \epsilon v) - g(w - \epsilon v)) / 2 \epsilon` of one batch, with gradients alone.
 
-        def take(parameter: Tensor) -> None:
+        :math:`\epsilon` is the cube root of the weights' rounding times their root mean square: where the error of the
+        difference, which grows with its square, meets that of rounding. Weights are put back bit for bit.
+        """
+        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        squares = sum(float(w.float().square().sum()) for w in kept.values())
+        rounding = max(torch.finfo(w.dtype).eps for w in kept.values())
+        step = rounding ** (1 / 3) * (squares / sum(w.numel() for w in kept.values())) ** 0.5
+        try:
+            for probe in range(self._probes):
+                for side in (step, -step):
+                    self._move(kept, probe, side)
+                    self._take(loss(), probe, 0.5 / side)
+        finally:
+            self._move(kept, 0, 0.0)
+
+    @torch.no_grad()
+    def _move(self, origin: dict[str, Tensor], probe: int, step: float) -> None:
+        """Put the weights ``step`` along the probe from their origin."""
+        seed = self._seed + probe
+        for name, parameter in self._parameters.items():
+            parameter.copy_(origin[name])
+            if step:
+                signs = _signs(parameter.shape, parameter.dtype, parameter.device, seed, self._offsets[name])
+                parameter.add_(signs, alpha=step)
+
+    def _take(self, loss: Tensor, probe: int, scale: float) -> None:
+        """A backward whose gradients are added, times ``scale``, each as soon as it is whole, and let go of."""
+
+        def take(name: str, parameter: Tensor) -> None:
             product, parameter.grad = parameter.grad, None
             if product is None:
                 return
+            seed, offset = self._seed + probe, self._offsets[name]
             with torch.no_grad():
-                product = product.contiguous()
-                hutchinson_(self.found["hessian_diag"][name], product, seed=seed, offset=offset, scale=1 / self._probes)
-                mean = torch.zeros(1, 1, device=product.device)
-                hutchinson_(mean, product.view(1, -1), seed=seed, offset=offset, block=(1, product.numel()))
+                product, diag = product.contiguous(), self.found["hessian_diag"][name]
+                hutchinson_(diag, product, seed=seed, offset=offset, scale=scale / self._probes)
+                mean, whole = torch.zeros(1, 1, device=product.device), (1, product.numel())
+                hutchinson_(mean, product.view(whole), seed=seed, offset=offset, block=whole, scale=scale)
                 self.found["hessian_trace"][name][probe] += mean[0, 0] * product.numel()
 
-        return take
+        handles = [
+            parameter.register_post_accumulate_grad_hook(partial(take, name))
+            for name, parameter in self._parameters.items()
+        ]
+        try:
+            loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _starts(parameters: Any) -> Sequence[int]:

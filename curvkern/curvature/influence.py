@@ -11,7 +11,7 @@ from torch import Tensor
 from curvkern.curvature.capture import Pair, Site
 from curvkern.curvature.estimate import measured
 from curvkern.curvature.losses import Loss, backward_losses
-from curvkern.curvature.texts import batches, checked, from_row
+from curvkern.curvature.texts import batches, checked, from_rows
 from curvkern.ops import sample_dots
 
 
@@ -47,7 +47,7 @@ def influence(
     Raises:
         CurvatureError: as `estimate`.
     """
-    texts, asked = (checked([from_row(row) for row in rows], max_length) for rows in (data, queries))
+    texts, asked = (checked(from_rows(rows), max_length) for rows in (data, queries))
     kept: list[tuple[int, dict[str, Pair]]] = []
 
     def keep(site: Site, pair: Pair) -> None:

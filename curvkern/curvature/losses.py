@@ -13,26 +13,49 @@ from torch.nn.functional import cross_entropy, pad
 
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.texts import UNLABELLED, Batch
+from curvkern.ops import weighted_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = False) -> bool:
     """A backward pass of a batch; false, and none, where a loss is not finite and ``skip`` is set."""
-    losses = losses_of(model, batch, loss)
-    if not finite(losses, batch, skip=skip):
-        return False
-    losses.sum().backward()
+    total = total_loss(model, batch, loss)
+    if not bool(total.isfinite()):
+        with torch.no_grad():
+            if not finite(losses_of(model, batch, loss), batch, skip=skip):
+                return False
+    total.backward()
     return True
 
 
+def total_loss(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
+    """The sum of `losses_of`, once differentiable: its gradient takes the place of the logits, the largest tensor."""
+    logits = _logits(model, batch)
+    if not isinstance(loss, str):
+        return loss(logits, batch.labels).sum()
+    labels = _moved(batch.labels, UNLABELLED)
+    weights = None if batch.weights is None else _moved(batch.weights, 0.0)
+    if weights is None and loss == "response_mean":
+        weights = (1 / (labels != UNLABELLED).sum(1, keepdim=True)).expand(labels.shape)
+    return weighted_cross_entropy(logits, labels, weights, reduction="sum", overwrite=True)
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    return model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+
+
+def _moved(of_labels: Tensor, fill: float) -> Tensor:
+    """What belongs to a label, where the logits are that predict it."""
+    return pad(of_labels[:, 1:], (0, 1), value=fill)
+
+
 def losses_of(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
-    """[n], in float32."""
-    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+    """[n], in float32; of weighted labels [1]."""
+    logits = _logits(model, batch)
     if not isinstance(loss, str):
         return loss(logits, batch.labels)
-    # Labels move to the logits that predict them, not the other way: logits are the largest tensor there is.
-    labels = pad(batch.labels[:, 1:], (0, 1), value=UNLABELLED)
+    labels = _moved(batch.labels, UNLABELLED)
     kept, flat = labels != UNLABELLED, logits.flatten(0, 1)
     rows = kept.flatten().nonzero().flatten()
     if 2 * len(rows) < len(flat):
@@ -42,7 +65,7 @@ def losses_of(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
         per_token = cross_entropy(flat.float(), labels.flatten(), reduction="none", ignore_index=UNLABELLED)
         per_token = per_token.view(labels.shape)
     if batch.weights is not None:
-        return (per_token[:, :-1] * batch.weights[:, 1:]).sum()[None]
+        return (per_token * _moved(batch.weights, 0.0)).sum()[None]
     return per_token.sum(1) / kept.sum(1) if loss == "response_mean" else per_token.sum(1)
 
 
@@ -64,7 +87,7 @@ def relabelled(model: Any, batch: Batch, fisher_type: str, draws: int, seed: int
         yield batch
         return
     with torch.no_grad():
-        logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
+        logits = _logits(model, batch)
     shares = logits.double().softmax(-1)
     if fisher_type == "mc":
         for draw in range(draws):

@@ -77,7 +77,7 @@ class Sums:
             fisher_diag_(out, d, x, sample=self._sample, statistic=statistic, weight_grad=gradient, **how)  # pyright: ignore[reportArgumentType]
             gradient = None
         if "fisher_blocks" in self._wanted and len(shape) > 1:
-            sides = _tile(self._block, *matrix[-2:])
+            sides = tile(self._block, *matrix[-2:])
             tiles = [-(-side // length) for side, length in zip(matrix[-2:], sides, strict=True)]
             blocks = self._of("fisher_blocks", name, (*experts, *tiles), d)
             fisher_blocks_(blocks, d, x, block=sides, sample=self._sample, **how)  # pyright: ignore[reportArgumentType]
@@ -171,7 +171,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.data_ptr() == other.data_ptr() and one.shape == other.shape and one.stride() == other.stride()
 
 
-def _tile(block: Block, rows: int, cols: int) -> tuple[int, int]:
+def tile(block: Block, rows: int, cols: int) -> tuple[int, int]:
     """Sides of the tiles of a weight [rows, cols]."""
     named = {"row": (1, cols), "column": (rows, 1), "module": (rows, cols)}
     return named[block] if isinstance(block, str) else block

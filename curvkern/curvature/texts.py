@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -73,17 +74,31 @@ def from_answer(tokenizer: Any, prompt: Any, response: str) -> Text:
     return Text(tuple(ids), (UNLABELLED,) * start + tuple(ids[start:]))
 
 
-def from_row(row: Any) -> Text:
-    """A mapping with ``input_ids`` and, where not all tokens carry loss, ``labels``."""
-    if isinstance(row, Text):
-        return row
+def from_rows(rows: Iterable[Any]) -> list[Text]:
+    """The samples of rows: a `Text` each, or a mapping with lists of one length.
+
+    ``input_ids``; where not all tokens carry loss, ``labels``; where a row is padded, on whichever side,
+    ``attention_mask``; where it is several samples in a row, ``position_ids``, which start at 0 with each.
+    """
+    return [text for row in rows for text in ([row] if isinstance(row, Text) else _from_mapping(row))]
+
+
+def _from_mapping(row: Any) -> Iterator[Text]:
     if not isinstance(row, Mapping) or "input_ids" not in row:
         raise CurvatureError(f"estimate: a row of data is {type(row).__name__}; wanted a mapping with 'input_ids'")
     ids: list[int] = torch.as_tensor(row["input_ids"]).tolist()
-    labels: list[int] = torch.as_tensor(row.get("labels", ids)).tolist()
-    if len(labels) != len(ids):
-        raise CurvatureError(f"estimate: a row has {len(ids)} input_ids but {len(labels)} labels")
-    return Text(tuple(ids), tuple(labels))
+    others = ("labels", "attention_mask", "position_ids")
+    given: dict[str, list[int]] = {key: torch.as_tensor(row[key]).tolist() for key in others if key in row}
+    for key, values in given.items():
+        if len(values) != len(ids):
+            raise CurvatureError(f"estimate: a row has {len(ids)} input_ids but {len(values)} {key}")
+    labels, mask = given.get("labels", ids), given.get("attention_mask", [1] * len(ids))
+    kept = [at for at, real in enumerate(mask) if real]
+    positions = given.get("position_ids", range(1, len(ids) + 1))
+    edges = [0, *(n for n, at in enumerate(kept) if n and positions[at] == 0), len(kept)]
+    for start, stop in pairwise(edges):
+        part = kept[start:stop]
+        yield Text(tuple(ids[at] for at in part), tuple(labels[at] for at in part))
 
 
 def checked(texts: Sequence[Text], max_length: int | None) -> list[Text]:

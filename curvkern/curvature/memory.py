@@ -1,0 +1,136 @@
+"""How much memory an estimate will take, told before it runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvkern.curvature.capture import Kind, Site, select, sites_of
+from curvkern.curvature.estimate import FisherType, LossName, measured
+from curvkern.curvature.experts import expert_sites
+from curvkern.curvature.losses import Loss, total_loss
+from curvkern.curvature.sums import Block, tile
+from curvkern.curvature.texts import Batch, batches, checked, from_rows
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes.
+
+    Attributes:
+        statistics: what is returned, and what is held beside it until then.
+        activations: what a forward of the largest batch keeps for its backward.
+        model: parameters and buffers, which are there already.
+    """
+
+    statistics: int
+    activations: int
+    model: int
+
+    @property
+    def extra(self) -> int:
+        """What an estimate adds to the model."""
+        return self.statistics + self.activations
+
+
+def memory_needed(
+    model: Any,
+    data: Iterable[Any],
+    *,
+    quantity: str | Sequence[str] = "fisher_diag",
+    fisher_type: FisherType = "empirical",
+    loss: LossName | Loss = "response_mean",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    kinds: Sequence[Kind] = ("linear", "experts"),
+    block: Block = (128, 128),
+    batch_tokens: int = 4096,
+    max_length: int | None = None,
+    probes: int = 8,
+) -> Memory:
+    """The memory that `estimate` of the same arguments will take; runs one forward of the longest sample.
+
+    Statistics are exact. Activations are those of that sample, times the samples of the largest batch; a Hessian keeps
+    those of the first backward too, about twice as much.
+
+    Raises:
+        CurvatureError: as `estimate`.
+    """
+    wanted = (quantity,) if isinstance(quantity, str) else tuple(quantity)
+    texts = checked(from_rows(data), max_length)
+    linear, experts = select([*sites_of(model), *expert_sites(model)], include, exclude, kinds)
+    sites = [*linear, *experts]
+    longest = max(texts, key=lambda text: len(text.ids))
+    with measured(model, include, exclude, kinds, longest, lambda site, pair: None) as started:
+        inputs, kept = _of_one(model, next(batches([longest], 1, model.device)), sites, loss, started)
+    statistics = sum(_stored(site, wanted, len(texts), block, probes) for site in sites)
+    if {"input_gram", "kfac", "ekfac"} & set(wanted):
+        copies = 2 if "ekfac" in wanted else 1  # the eigenvectors
+        statistics += 4 * copies * sum(inputs)
+    together = max(batch.ids.numel() for batch in batches(texts, batch_tokens, "meta")) / len(longest.ids)
+    if fisher_type == "type-2":
+        together = model.config.get_text_config().vocab_size
+    twice = 3 if "hessian_diag" in wanted else 1
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    return Memory(statistics, int(kept * together * twice), own)
+
+
+def _stored(site: Site, wanted: Sequence[str], samples: int, block: Block, probes: int) -> int:
+    """Bytes of a weight's statistics, but for the Grams of inputs."""
+    *experts, rows, cols = site.shape if len(site.shape) > 1 else (*site.shape, 1)
+    out = cols if site.transposed else rows
+    each = math.prod(site.shape)
+    height, width = tile(block, rows, cols)
+    tiles = math.prod(experts) * -(-rows // height) * -(-cols // width)
+    grams = math.prod(experts) * out**2
+    bytes_of = {
+        "fisher_blocks": 4 * tiles,
+        "sample_norms": 4 * samples,
+        "low_rank": 2 * samples * each,
+        "input_gram": 0,
+        "kfac": 4 * grams,
+        "ekfac": 4 * (each + 2 * grams),
+        "hessian_diag": 4 * (each + probes),
+    }
+    return sum(bytes_of.get(quantity, 4 * each) for quantity in wanted)
+
+
+def _of_one(
+    model: Any, batch: Batch, sites: Sequence[Site], loss: str | Loss, started: Callable[[Batch], None]
+) -> tuple[list[int], float]:
+    """Elements of the Grams of inputs, one for modules that share them; bytes that a forward keeps."""
+    grams: dict[Any, int] = {}
+    seen: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def look(site: Site) -> Any:
+        def before(module: Any, arguments: tuple[Any, ...]) -> None:
+            grams[arguments[0].data_ptr()] = arguments[0].shape[-1] ** 2
+
+        def experts(module: Any, arguments: tuple[Any, ...]) -> None:
+            grams[site.name] = site.shape[0] * site.shape[1 if site.transposed else 2] ** 2
+
+        return experts if site.kind == "experts" else before
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    gathered = [site for site in sites if site.kind in ("linear", "experts")]
+    handles = [module.register_forward_pre_hook(look(site)) for site in gathered for module in site.modules]
+    started(batch)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            total = total_loss(model, batch, loss)
+    finally:
+        for handle in handles:
+            handle.remove()
+    del total
+    return list(grams.values()), sum(seen.values())
