@@ -70,7 +70,7 @@ def test_every_layer_is_read_once_a_direction(tmp_path, monkeypatch):
     assert all(read[name] == 1 for name in read.keys() - times.keys())
     with Checkpoint.open(path) as checkpoint:
         assert report.bytes_read == sum(checkpoint.spec(name).nbytes * read[name] for name in times)
-    assert 0 < report.loading
+    assert report.loading > 0
     assert 0 <= report.waiting <= report.loading + 0.1
     assert report.computing > 0
 
