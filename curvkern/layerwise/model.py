@@ -19,6 +19,7 @@ from curvkern.layerwise.gradient import GradientPass, OnHidden, Watch, unwatched
 from curvkern.layerwise.loader import Loader
 from curvkern.layerwise.skeleton import build, find_layers
 from curvkern.layerwise.sweep import Losses, Pass
+from curvkern.layerwise.tangent import Direction, OnProduct, TangentPass, plain_operations
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,43 @@ class LayerwiseModel:
             sweep = GradientPass(
                 self.model, self.layers, self.name, batches, losses, held, self.device, watch=watch, on_hidden=on_hidden
             )
+            return self._run(sweep, keep_every)
+
+    def tangent(
+        self,
+        batches: Sequence[Any],
+        losses: Losses,
+        direction: Direction,
+        on_product: OnProduct,
+        *,
+        spill: str | Path | None = None,
+        keep_every: int = 1,
+    ) -> Report:
+        """Multiply the Hessian of the summed losses by a direction v, exactly, one layer in memory at a time.
+
+        Attention and experts run as plain operations meanwhile, whatever the configuration says.
+
+        Args:
+            batches: as in `backward`.
+            losses: as in `backward`; made of torch operations, without ``.item()``.
+            direction: of (name, parameter), the part of v for it, of its shape; None: the parameter is held fixed.
+                Asked again at each visit, so that a random v is made anew and not stored. Names are the model's; those
+                of tied parameters the first.
+            on_product: called with (name, tensor like the parameter); the sum over all calls for a name is its part of
+                H v. There is a call for each batch; two, where embeddings and head are one.
+            spill: as in `backward`.
+            keep_every: as in `backward`.
+
+        Raises:
+            LayerwiseError: as in `backward`; or a part of v has another shape than its parameter.
+            CheckpointError: weights could not be read.
+        """
+        self._check("tangent", batches, keep_every)
+        with boundaries(spill) as held, plain_operations(self.model):
+            sweep = TangentPass(
+                self.model, self.layers, self.name, batches, losses, held, self.device,
+                direction=direction, on_product=on_product,
+            )  # fmt: skip
             return self._run(sweep, keep_every)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,11 @@ class Pass(ABC):
         losses: of (model, batch): calls the model, returns a tensor of losses.
         held: hidden states and gradients between layers.
         device: where layers run.
+        copies: tensors that are kept for one hidden state.
         found: the losses of each batch.
     """
 
+    copies: ClassVar[int] = 1
     model: Any
     layers: Sequence[nn.Module]
     name: str
@@ -91,7 +93,7 @@ class Pass(ABC):
         for at, batch in enumerate(self.batches):
             hidden, calls = observe(self.model, self.layers, lambda batch=batch: self.losses(self.model, batch))
             self.calls.append(calls)
-            nbytes += hidden.nbytes
+            nbytes += hidden.nbytes * self.copies
             self.held.require(kept * nbytes)
             self.start(at, hidden)
 
