@@ -135,7 +135,9 @@ def _refuse_strange(
 def _refuse_missing(model: Any, source: Checkpoint | TunedView, filled: set[str], state: Mapping[str, Tensor]) -> None:
     there = filled.union(*(group for group in tied_groups(model) if group & filled))
     ignored: list[str] = list(model._keys_to_ignore_on_load_missing or ())
-    lost = [n for n in state if n not in there and not any(re.search(pattern, n) for pattern in ignored)]
+    # What may be missing are buffers, which the skeleton has values for.
+    excused = {n for n, t in state.items() if not t.is_meta and any(re.search(p, n) for p in ignored)}
+    lost = [name for name in state if name not in there | excused]
     if lost:
         raise LayerwiseError(
             f"{source.path}: no tensor for {len(lost)} parameters of {type(model).__name__}: "
