@@ -108,11 +108,11 @@ def run_recipe(
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
-            if "model" in method.needs:
+            if "model" in method.inputs():
                 aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             for role in CHECKPOINTS:
-                if role in method.needs:
+                if role in method.inputs():
                     sources[role] = stack.enter_context(open_tuned(_given(recipe, role), aligned))
             bundle = Bundle(sources, device=recipe.device)
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
@@ -126,9 +126,9 @@ def run_recipe(
                 writer = stack.enter_context(Writer(recipe.out, tuned, **options))
             else:
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
-        sweep = _Sweeps(bundle, names, tuned.adapter, progress)
+        sweep = _Sweeps(bundle, names, progress)
         evidence = None
-        if "model" in method.needs:
+        if "model" in method.inputs():
             with stages.stage("evidence"):
                 evidence = _evidence(recipe, method, data, bundle, score)
         with stages.stage("plan"):
@@ -163,7 +163,7 @@ def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, 
 
 def _data_files(recipe: Recipe, method: Method) -> dict[str, Path]:
     """The JSON Lines that the method reads."""
-    return {key: _given(recipe, key) for key in DATA if key in method.needs}
+    return {key: _given(recipe, key) for key in DATA if key in method.inputs()}
 
 
 def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
@@ -192,7 +192,7 @@ def _check_device(device: str) -> None:
 
 
 def _unused(recipe: Recipe, method: Method) -> list[str]:
-    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.needs]
+    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.inputs()]
 
 
 def _given(recipe: Recipe, argument: str) -> Path:
@@ -208,7 +208,7 @@ def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     from curvkern.evaluate import read_jsonl
 
     for argument in CHECKPOINTS:
-        if argument in method.needs:
+        if argument in method.inputs():
             _given(recipe, argument)
     return {key: read_jsonl(path) for key, path in _data_files(recipe, method).items()}
 
@@ -218,7 +218,7 @@ def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, name
     why = None
     if adapter is None:
         why = "the tuned model is not an adapter"
-    elif not method.edits_adapter:
+    elif not method.edits_adapter():
         why = f"{method.name} edits full weights"
     elif whole:
         why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
@@ -281,11 +281,10 @@ def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
 class _Sweeps:
     """Streams the selected modules, as often as asked."""
 
-    def __init__(self, bundle: Bundle, names: Sequence[str], adapter: Any, progress: bool) -> None:
+    def __init__(self, bundle: Bundle, names: Sequence[str], progress: bool) -> None:
         self.bundle = bundle
         self.names = names
         self.selected = frozenset(names)
-        self.adapter = adapter
         self.progress = progress
 
     def modules(self, what: str, skip: Container[str] = ()) -> Generator[Module]:
@@ -306,14 +305,16 @@ class _Sweeps:
                     base=tensors.get("base"),
                     unaligned=tensors.get("unaligned"),
                     safety_adapter=tensors.get("safety_adapter"),
-                    factors=self._factors(name),
+                    factors=self._factors("tuned", name),
+                    safety_factors=self._factors("safety_adapter", name),
                 )
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+    def _factors(self, role: str, name: str) -> tuple[Tensor, Tensor, float] | None:
+        adapter = getattr(self.bundle.sources.get(role), "adapter", None)
         # Beside a tensor that the adapter holds whole, factors are not all that it changes.
-        if self.adapter is None or name not in self.adapter.names or name in self.adapter.replaced:
+        if adapter is None or name not in adapter.names or name in adapter.replaced:
             return None
-        factors = self.adapter.factors(name)
+        factors = adapter.factors(name)
         return factors.B, factors.A, factors.scale
 
 

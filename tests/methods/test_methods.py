@@ -2,25 +2,11 @@ import math
 
 import pytest
 import torch
+from modules import module, normal
 
 from curvkern.methods import REGISTRY, MethodError, Module, get, make
 from curvkern.ops import unpack_mask
 from curvkern.recipe import CHECKPOINTS, DATA
-
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def module(name="model.layers.0.mlp.up_proj.weight", o=24, i=16, seed=0, rank=None):
-    """A module whose update is dense, or of a low rank with its factors."""
-    aligned, base = normal(o, i, seed=seed), normal(o, i, seed=seed + 1)
-    factors, delta = None, 0.1 * normal(o, i, seed=seed + 2)
-    if rank:
-        b, a = normal(o, rank, seed=seed + 3), normal(rank, i, seed=seed + 4)
-        factors, delta = (b, a, 0.5), 0.5 * b @ a
-    kind = name.split(".")[-2]
-    return Module(name, int(name.split(".")[2]), kind, aligned + delta, aligned, base, factors)
 
 
 def dense_cosine(module):
