@@ -22,7 +22,7 @@ class _Plan:
 
 
 class Splora(AlignmentMethod):
-    r"""Safe Pruning LoRA (Ao et al., TACL 2025, 2506.18931), corrected: modules with a large safety distance return to W_a.
+    r"""Safe Pruning LoRA (Ao et al., TACL 2025, 2506.18931), corrected: modules far from the alignment return to W_a.
 
     The distance is between the update :math:`\Delta = sBA` (or :math:`W_t - W_a`) and its image :math:`C\Delta`; for C,
     see ``projector`` of `AlignmentMethod`. ``score`` says how it is counted:
