@@ -108,11 +108,11 @@ def run_recipe(
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
-            if "model" in method.inputs():
+            if "model" in method.needs:
                 aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             for role in CHECKPOINTS:
-                if role in method.inputs():
+                if role in method.needs:
                     sources[role] = stack.enter_context(open_tuned(_given(recipe, role), aligned))
             bundle = Bundle(sources, device=recipe.device)
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
@@ -128,7 +128,7 @@ def run_recipe(
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
         sweep = _Sweeps(bundle, names, progress)
         evidence = None
-        if "model" in method.inputs():
+        if "model" in method.needs:
             with stages.stage("evidence"):
                 evidence = _evidence(recipe, method, data, bundle, score)
         with stages.stage("plan"):
@@ -163,7 +163,7 @@ def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, 
 
 def _data_files(recipe: Recipe, method: Method) -> dict[str, Path]:
     """The JSON Lines that the method reads."""
-    return {key: _given(recipe, key) for key in DATA if key in method.inputs()}
+    return {key: _given(recipe, key) for key in DATA if key in method.needs}
 
 
 def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
@@ -192,7 +192,7 @@ def _check_device(device: str) -> None:
 
 
 def _unused(recipe: Recipe, method: Method) -> list[str]:
-    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.inputs()]
+    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.needs]
 
 
 def _given(recipe: Recipe, argument: str) -> Path:
@@ -208,7 +208,7 @@ def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
     from curvkern.evaluate import read_jsonl
 
     for argument in CHECKPOINTS:
-        if argument in method.inputs():
+        if argument in method.needs:
             _given(recipe, argument)
     return {key: read_jsonl(path) for key, path in _data_files(recipe, method).items()}
 
@@ -305,17 +305,17 @@ class _Sweeps:
                     base=tensors.get("base"),
                     unaligned=tensors.get("unaligned"),
                     safety_adapter=tensors.get("safety_adapter"),
-                    factors=self._factors("tuned", name),
-                    safety_factors=self._factors("safety_adapter", name),
+                    factors=self._factors("tuned", name, tensors["tuned"]),
+                    safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
                 )
 
-    def _factors(self, role: str, name: str) -> tuple[Tensor, Tensor, float] | None:
+    def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
         adapter = getattr(self.bundle.sources.get(role), "adapter", None)
         # Beside a tensor that the adapter holds whole, factors are not all that it changes.
         if adapter is None or name not in adapter.names or name in adapter.replaced:
             return None
         factors = adapter.factors(name)
-        return factors.B, factors.A, factors.scale
+        return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
 
 
 def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:

@@ -37,7 +37,8 @@ class Merge(Method):
     rescale: Literal["inverse", "l1", "none"] = Field("inverse", description="of what dare keeps")
     seed: int = Field(0, ge=0, description="of dare's draw")
 
-    def inputs(self) -> frozenset[str]:
+    @property
+    def needs(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base model, for ``model_stock``."""
         return frozenset({"base"}) if self.kind == "model_stock" else frozenset()
 

@@ -122,16 +122,12 @@ class Method(BaseModel):
     name: ClassVar[str]
     #: Paper and equation.
     source: ClassVar[str]
-    #: Of "base", "unaligned", "safety_adapter", "harmful", "safety", "task", "model".
+    #: Of "base", "unaligned", "safety_adapter", "harmful", "safety", "task", "model"; a property if parameters decide.
     needs: ClassVar[frozenset[str]] = frozenset()
     #: Whether the biases of linear modules are modules too (1-D).
     biases: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
-
-    def inputs(self) -> frozenset[str]:
-        """`needs`, and what the parameters add to it."""
-        return self.needs
 
     def edits_adapter(self) -> bool:
         """Whether edits come with factors, so that an adapter stays an adapter."""

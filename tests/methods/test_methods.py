@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +9,9 @@ from modules import module, normal
 from curvkern.methods import REGISTRY, MethodError, Module, get, make
 from curvkern.ops import unpack_mask
 from curvkern.recipe import CHECKPOINTS, DATA
+
+ROOT = Path(__file__).parents[2]
+OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command"]
 
 
 def dense_cosine(module):
@@ -27,8 +32,19 @@ def test_every_method_states_itself(name):
     assert kind.name == name
     assert kind.source
     assert kind.__doc__
-    assert kind.needs <= {*CHECKPOINTS, *DATA, "model"}
-    make(name, {})
+    assert make(name, {}).needs <= {*CHECKPOINTS, *DATA, "model"}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_every_method_has_a_page_and_a_row_in_the_readme(name):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    assert page.startswith(f"# {name}\n")
+    assert re.findall("^## (.+)", page, re.MULTILINE) == OUTLINE
+    assert f"--method {name}" in page
+    make(name, dict(re.findall(r"--set (\w+)=(\S+)", page)))
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    assert f"(docs/methods/{name}.md)" in rows[0]
 
 
 @pytest.mark.parametrize(
