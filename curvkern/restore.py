@@ -126,7 +126,7 @@ def run_recipe(
                 writer = stack.enter_context(Writer(recipe.out, tuned, **options))
             else:
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
-        sweep = _Sweeps(bundle, names, tuned.adapter, progress)
+        sweep = _Sweeps(bundle, names, progress)
         evidence = None
         if "model" in method.needs:
             with stages.stage("evidence"):
@@ -218,7 +218,7 @@ def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, name
     why = None
     if adapter is None:
         why = "the tuned model is not an adapter"
-    elif not method.edits_adapter:
+    elif not method.edits_adapter():
         why = f"{method.name} edits full weights"
     elif whole:
         why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
@@ -281,11 +281,10 @@ def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
 class _Sweeps:
     """Streams the selected modules, as often as asked."""
 
-    def __init__(self, bundle: Bundle, names: Sequence[str], adapter: Any, progress: bool) -> None:
+    def __init__(self, bundle: Bundle, names: Sequence[str], progress: bool) -> None:
         self.bundle = bundle
         self.names = names
         self.selected = frozenset(names)
-        self.adapter = adapter
         self.progress = progress
 
     def modules(self, what: str, skip: Container[str] = ()) -> Generator[Module]:
@@ -306,15 +305,17 @@ class _Sweeps:
                     base=tensors.get("base"),
                     unaligned=tensors.get("unaligned"),
                     safety_adapter=tensors.get("safety_adapter"),
-                    factors=self._factors(name),
+                    factors=self._factors("tuned", name, tensors["tuned"]),
+                    safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
                 )
 
-    def _factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+    def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        adapter = getattr(self.bundle.sources.get(role), "adapter", None)
         # Beside a tensor that the adapter holds whole, factors are not all that it changes.
-        if self.adapter is None or name not in self.adapter.names or name in self.adapter.replaced:
+        if adapter is None or name not in adapter.names or name in adapter.replaced:
             return None
-        factors = self.adapter.factors(name)
-        return factors.B, factors.A, factors.scale
+        factors = adapter.factors(name)
+        return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
 
 
 def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:

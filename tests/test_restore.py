@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import curvkern
 from curvkern.checkpoint import Adapter, Checkpoint, CheckpointError, open_tuned
-from curvkern.methods import MethodError
+from curvkern.methods import MethodError, make
 from curvkern.recipe import RecipeError
 from curvkern.restore import RestoreError
 
@@ -328,5 +328,5 @@ def test_the_report_is_there_when_the_output_appears(family, tmp_path, monkeypat
     stored = json.loads((tmp_path / "out/report.json").read_text())
     assert stored == json.loads((tmp_path / "out/curvkern.json").read_text())["restoration"]
     record = json.loads((tmp_path / "out/curvkern.json").read_text())
-    assert record["recipe"]["parameters"] == {"weight": 0.5}
+    assert record["recipe"]["parameters"] == make("merge", {"weight": 0.5}).model_dump()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == record["files"]

@@ -11,9 +11,13 @@ from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module,
 #: name -> "module:class"; a method is imported when it is asked for.
 REGISTRY: dict[str, str] = {
     "gradient_rollback": "curvkern.methods.gradient_rollback:GradientRollback",
+    "lox": "curvkern.methods.lox:Lox",
     "merge": "curvkern.methods.merge:Merge",
     "random": "curvkern.methods.random:Random",
+    "resta": "curvkern.methods.resta:Resta",
     "safe_lora": "curvkern.methods.safe_lora:SafeLora",
+    "safe_merge": "curvkern.methods.safe_merge:SafeMerge",
+    "splora": "curvkern.methods.splora:Splora",
 }
 
 __all__ = ["REGISTRY", "Edit", "Evidence", "Method", "MethodError", "Module", "Modules", "Need", "get", "make"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -44,6 +45,7 @@ class Module:
             changes this module; else None.
         unaligned: the weight of an aligned model broken on purpose, like base.
         safety_adapter: the weight of the aligned model tuned on safety data, like base.
+        safety_factors: (B, A, scale) of that model, like factors, if it is a LoRA adapter that changes this module.
         statistics: what the method's `Method.statistics` asked for, float32.
     """
 
@@ -56,7 +58,12 @@ class Module:
     factors: tuple[Tensor, Tensor, float] | None = None
     unaligned: Tensor | None = None
     safety_adapter: Tensor | None = None
+    safety_factors: tuple[Tensor, Tensor, float] | None = None
     statistics: Mapping[Need, Tensor] = field(default_factory=dict["Need", Tensor])
+
+    def own_seed(self, seed: int) -> int:
+        """A seed for this module, from ``seed`` and its name alone: the same in any order and on any device."""
+        return zlib.crc32(f"{seed}:{self.name}".encode())
 
 
 @dataclass(frozen=True)
@@ -115,14 +122,16 @@ class Method(BaseModel):
     name: ClassVar[str]
     #: Paper and equation.
     source: ClassVar[str]
-    #: Of "base", "unaligned", "safety_adapter", "harmful", "safety", "task", "model".
+    #: Of "base", "unaligned", "safety_adapter", "harmful", "safety", "task", "model"; a property if parameters decide.
     needs: ClassVar[frozenset[str]] = frozenset()
     #: Whether the biases of linear modules are modules too (1-D).
     biases: ClassVar[bool] = False
-    #: Whether edits come with factors, so that an adapter stays an adapter.
-    edits_adapter: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
+
+    def edits_adapter(self) -> bool:
+        """Whether edits come with factors, so that an adapter stays an adapter."""
+        return False
 
     def statistics(self) -> tuple[Need, ...]:
         """What data must say of every module before it can be planned and edited."""
@@ -150,3 +159,14 @@ class Method(BaseModel):
             plan: what `plan` returned.
         """
         raise NotImplementedError
+
+
+def given(method: Method, tensor: Tensor | None, role: str) -> Tensor:
+    """The tensor of a checkpoint that the method needs.
+
+    Raises:
+        MethodError: it is not there.
+    """
+    if tensor is None:
+        raise MethodError(f"{method.name}: needs the {role} checkpoint; pass {role}=...")
+    return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import zlib
 from typing import Any, ClassVar
 
 import torch
@@ -27,7 +26,7 @@ class Random(Method):
 
     def edit(self, module: Module, plan: Any) -> Edit:
         """Reset a random part of one module."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}:{module.name}".encode()))
+        generator = torch.Generator().manual_seed(module.own_seed(self.seed))
         n = module.tuned.numel()
         drawn = torch.rand(n, generator=generator).topk(math.ceil(self.fraction * n)).indices
         mask = torch.zeros(n, dtype=torch.bool)

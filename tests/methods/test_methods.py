@@ -1,26 +1,17 @@
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+from modules import module, normal
 
 from curvkern.methods import REGISTRY, MethodError, Module, get, make
 from curvkern.ops import unpack_mask
 from curvkern.recipe import CHECKPOINTS, DATA
 
-
-def normal(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def module(name="model.layers.0.mlp.up_proj.weight", o=24, i=16, seed=0, rank=None):
-    """A module whose update is dense, or of a low rank with its factors."""
-    aligned, base = normal(o, i, seed=seed), normal(o, i, seed=seed + 1)
-    factors, delta = None, 0.1 * normal(o, i, seed=seed + 2)
-    if rank:
-        b, a = normal(o, rank, seed=seed + 3), normal(rank, i, seed=seed + 4)
-        factors, delta = (b, a, 0.5), 0.5 * b @ a
-    kind = name.split(".")[-2]
-    return Module(name, int(name.split(".")[2]), kind, aligned + delta, aligned, base, factors)
+ROOT = Path(__file__).parents[2]
+OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command"]
 
 
 def dense_cosine(module):
@@ -41,8 +32,19 @@ def test_every_method_states_itself(name):
     assert kind.name == name
     assert kind.source
     assert kind.__doc__
-    assert kind.needs <= {*CHECKPOINTS, *DATA, "model"}
-    make(name, {})
+    assert make(name, {}).needs <= {*CHECKPOINTS, *DATA, "model"}
+
+
+@pytest.mark.parametrize("name", sorted(REGISTRY))
+def test_every_method_has_a_page_and_a_row_in_the_readme(name):
+    page = (ROOT / "docs" / "methods" / f"{name}.md").read_text()
+    assert page.startswith(f"# {name}\n")
+    assert re.findall("^## (.+)", page, re.MULTILINE) == OUTLINE
+    assert f"--method {name}" in page
+    make(name, dict(re.findall(r"--set (\w+)=(\S+)", page)))
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
+    assert len(rows) == 1
+    assert f"(docs/methods/{name}.md)" in rows[0]
 
 
 @pytest.mark.parametrize(
