@@ -10,6 +10,7 @@ from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module,
 
 #: name -> "module:class"; a method is imported when it is asked for.
 REGISTRY: dict[str, str] = {
+    "budgeted": "curvkern.methods.budgeted:Budgeted",
     "gradient_rollback": "curvkern.methods.gradient_rollback:GradientRollback",
     "merge": "curvkern.methods.merge:Merge",
     "random": "curvkern.methods.random:Random",
