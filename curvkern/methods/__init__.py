@@ -10,10 +10,16 @@ from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module,
 
 #: name -> "module:class"; a method is imported when it is asked for.
 REGISTRY: dict[str, str] = {
+    "antidote": "curvkern.methods.antidote:Antidote",
+    "ascent": "curvkern.methods.ascent:Ascent",
     "budgeted": "curvkern.methods.budgeted:Budgeted",
+    "curvature": "curvkern.methods.curvature:Curvature",
     "gradient_rollback": "curvkern.methods.gradient_rollback:GradientRollback",
+    "irr": "curvkern.methods.irr:IRR",
     "merge": "curvkern.methods.merge:Merge",
     "random": "curvkern.methods.random:Random",
+    "rewind": "curvkern.methods.rewind:Rewind",
+    "safe_delta": "curvkern.methods.safe_delta:SafeDelta",
     "safe_lora": "curvkern.methods.safe_lora:SafeLora",
 }
 

@@ -57,6 +57,7 @@ class Budgeted(Method):
     name: ClassVar[str] = "budgeted"
     source: ClassVar[str] = "curvkern; generalises Yang et al. 2504.09757 and Lu et al. 2505.12038"
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
+    oriented: ClassVar[bool] = True
 
     budget: float = Field(0.5, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
     reach: float = Field(1.5, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
