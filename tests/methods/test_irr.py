@@ -49,10 +49,7 @@ def m():
 @pytest.mark.parametrize("parameters", [{}, {"spared": 0.5}, {"spared": 0.7, "signs": False}])
 def test_parity_with_the_loop_by_hand(m, parameters):
     got = make("irr", parameters).edit(m, None).weight.double()
-    expected = by_hand(m, **parameters)
-    # A sign that compensation leaves at rounding's edge may fall either way.
-    close = torch.isclose(got, expected, rtol=1e-3, atol=1e-4)
-    assert close.all(dim=1).sum() >= 11
+    torch.testing.assert_close(got, by_hand(m, **parameters), rtol=1e-3, atol=1e-4)
 
 
 def test_without_recalibration_only_signs_that_agree_stay(m):
@@ -89,4 +86,5 @@ def test_end_to_end(family, tmp_path):
     assert [stage.name for stage in report.stages][1] == "statistics"
     for m in report.modules:
         assert 0.4 < m.notes["unsafe"] < 0.6  # of random updates half conflict
-        assert 0 < m.restored_norm < m.tuned_norm
+        assert m.changed > 0
+        assert m.cosine > 0

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from made_modules import made_module
@@ -12,14 +14,14 @@ def statistics(method, data):
 
 @pytest.mark.parametrize("by", ["snip", "wanda"])
 def test_what_safety_needs_and_the_task_does_not_is_reset(by):
-    method = make("rewind", {"by": by, "safety_fraction": 0.25, "task_fraction": 0.5})
+    method = make("rewind", {"by": by, "safety_fraction": 0.25, "task_fraction": 0.1})
     m = made_module(method)
     tops = {}
-    for data, fraction in (("safety", 0.25), ("task", 0.5)):
+    for data, fraction in (("safety", 0.25), ("task", 0.1)):
         found = m.statistics[statistics(method, data)].double()
         use = found if by == "snip" else found.diagonal().sqrt().expand_as(m.aligned)
         score = (m.aligned.double().abs() * use).flatten()
-        tops[data] = set(score.topk(int(fraction * score.numel())).indices.tolist())
+        tops[data] = set(score.topk(math.ceil(fraction * score.numel())).indices.tolist())
     expected = m.tuned.flatten().clone()
     for at in tops["safety"] - tops["task"]:
         expected[at] = m.aligned.flatten()[at]
@@ -63,5 +65,5 @@ def test_wrong_parameters():
 def test_end_to_end(family, tmp_path, by):
     data = {"safety": family / "harmful.jsonl", "task": family / "task.jsonl"}
     report = curvkern.restore(family / "aligned", family / "tuned", method="rewind", by=by, out=tmp_path / "o", **data)
-    assert 0 < report.changed
+    assert report.changed > 0
     assert sum(m.restored_norm for m in report.modules) < sum(m.tuned_norm for m in report.modules)
