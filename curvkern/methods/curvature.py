@@ -24,7 +24,8 @@ class Curvature(Method):
     :math:`W = W_t + \epsilon H^{-1} g` with g the gradient of the harmful responses' loss and H the damped curvature of
     the task loss, block by block: every module has its own. :math:`\epsilon = \sqrt{2\tau / g^\top H^{-1} g}` over all
     modules is the step that raises the harmful loss most among those whose predicted task rise
-    :math:`\tfrac12 \Delta^\top H \Delta` is ``tau``.
+    :math:`\tfrac12 \Delta^\top H \Delta` is ``tau``; or a shorter one, that raises the harmful loss by ``rise`` to
+    first order: beyond some nats a response it only ruins the model, and the quadratic knows no end.
 
     H is :math:`\delta I` and
 
@@ -43,6 +44,7 @@ class Curvature(Method):
     oriented: ClassVar[bool] = True
 
     tau: float = Field(0.01, gt=0, description="rise of the task loss to allow, as predicted; nats per response")
+    rise: float = Field(30.0, gt=0, description="of the harmful loss at most, to first order; nats per response")
     inverse: Literal["diagonal", "ekfac", "low_rank", "lbfgs"] = "diagonal"
     damping: float = Field(0.1, gt=0, description="in units of the mean curvature")
     history: int = Field(10, ge=1, description="task gradients that lbfgs probes with")
@@ -57,8 +59,12 @@ class Curvature(Method):
         gain = sum(float((m.statistics[HARMFUL_GRADIENT].double() * self.direction(m)).sum()) for m in modules())
         if not 0 < gain < float("inf"):
             raise MethodError(f"curvature: g H^-1 g is {gain:g}; is the harmful gradient zero, or are weights NaN?")
-        tell(f"curvature: the harmful loss should rise by {(2 * self.tau * gain) ** 0.5:.4g} nats a response")
-        return (2 * self.tau / gain) ** 0.5
+        step = min((2 * self.tau / gain) ** 0.5, self.rise / gain)
+        tell(
+            f"curvature: the harmful loss should rise by {step * gain:.4g} nats a response (to first order), the task loss "
+            f"by {step**2 * gain / 2:.4g} (to second)"
+        )
+        return step
 
     def edit(self, module: Module, plan: float) -> Edit:
         """Take one module's part of the step."""

@@ -39,7 +39,7 @@ def test_the_direction_is_a_dense_solve(inverse):
 
 @pytest.mark.parametrize("inverse", INVERSES)
 def test_the_step_uses_up_the_trust_region(inverse):
-    method = make("curvature", {"inverse": inverse, "tau": 0.02})
+    method = make("curvature", {"inverse": inverse, "tau": 0.02, "rise": 1e9})
     modules, lines = made_modules(method), []
     plan = method.plan(lambda: modules, None, lines.append)
     rise, gain = 0.0, 0.0
@@ -48,11 +48,22 @@ def test_the_step_uses_up_the_trust_region(inverse):
         rise += float(0.5 * step @ hessian(method, m) @ step)
         gain += float(m.statistics[HARMFUL_GRADIENT].double().flatten() @ step)
     assert rise == pytest.approx(0.02, rel=1e-3)
-    assert float(lines[0].split()[-4]) == pytest.approx(gain, rel=1e-3)
+    assert float(lines[0].split()[7]) == pytest.approx(gain, rel=1e-3)
+    assert float(lines[0].split()[-3]) == pytest.approx(rise, rel=1e-3)
+
+
+@pytest.mark.parametrize("inverse", INVERSES)
+def test_the_harmful_loss_is_not_asked_to_rise_without_end(inverse):
+    method = make("curvature", {"inverse": inverse, "tau": 1e9, "rise": 0.7})
+    modules = made_modules(method)
+    plan = method.plan(lambda: modules, None, lambda line: None)
+    steps = {m.name: method.edit(m, plan).weight.double() - m.tuned for m in modules}
+    gain = sum(float((m.statistics[HARMFUL_GRADIENT].double() * steps[m.name]).sum()) for m in modules)
+    assert gain == pytest.approx(0.7, rel=1e-3)
 
 
 def test_a_plain_gradient_step_of_the_same_task_rise_gains_less():
-    method = make("curvature", {"inverse": "low_rank"})
+    method = make("curvature", {"inverse": "low_rank", "rise": 1e9})
     m = made_module(method)
     plan = method.plan(lambda: [m], None, lambda line: None)
     g, matrix = m.statistics[HARMFUL_GRADIENT].double().flatten(), hessian(method, m)
