@@ -61,8 +61,8 @@ class Curvature(Method):
             raise MethodError(f"curvature: g H^-1 g is {gain:g}; is the harmful gradient zero, or are weights NaN?")
         step = min((2 * self.tau / gain) ** 0.5, self.rise / gain)
         tell(
-            f"curvature: the harmful loss should rise by {step * gain:.4g} nats a response (to first order), the task loss "
-            f"by {step**2 * gain / 2:.4g} (to second)"
+            f"curvature: the harmful loss should rise by {step * gain:.4g} nats a response (to first order), the task "
+            f"loss by {step**2 * gain / 2:.4g} (to second)"
         )
         return step
 
