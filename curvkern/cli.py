@@ -56,6 +56,7 @@ def restore(
     include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
     save: Annotated[str | None, typer.Option(help="auto, checkpoint or adapter.")] = None,
+    statistics: Annotated[Path | None, typer.Option(help="Directory of curvature statistics to share.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on where a killed run stopped.")] = False,
@@ -69,7 +70,7 @@ def restore(
     given = {
         "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
         "method": method, "harmful": harmful, "safety": safety, "task": task, "out": out,
-        "include": include, "exclude": exclude, "save": save, "device": device,
+        "include": include, "exclude": exclude, "save": save, "statistics": statistics, "device": device,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])

@@ -36,6 +36,7 @@ class Recipe(BaseModel):
         include: patterns (``*`` and ``?``) on full weight names; empty: all modules.
         exclude: patterns of modules to leave as tuned.
         save: ``"auto"`` keeps an adapter an adapter where the method can.
+        statistics: directory where curvature statistics are looked for and kept, for runs to share.
         device: where tensors are edited.
     """
 
@@ -55,11 +56,12 @@ class Recipe(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     save: Literal["auto", "checkpoint", "adapter"] = "auto"
+    statistics: Path | None = None
     device: str = "cpu"
 
     def record(self) -> dict[str, Any]:
         """The recipe as JSON, without the places that differ from run to run."""
-        return self.model_dump(mode="json", exclude={"out", "device"})
+        return self.model_dump(mode="json", exclude={"out", "statistics", "device"})
 
 
 def make_recipe(values: dict[str, Any], where: str = "restore") -> Recipe:

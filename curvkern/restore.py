@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Container, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from curvkern.evidence import (
+    ModuleStatistics,
+    Score,
+    data_files,
+    gather_statistics,
+    given,
+    hidden_evidence,
+    looked_at,
+    read_data,
+)
+from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
 from curvkern.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, Writer
-    from curvkern.evaluate import Example
-    from curvkern.methods import Edit, Evidence, Method, Module
+    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Writer
+    from curvkern.methods import Edit, Method, Module
     from curvkern.report import ModuleChange, Report
-
-Score = Callable[[Any, Any], float]
 
 
 def restore(
@@ -38,6 +46,7 @@ def restore(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     save: str = "auto",
+    statistics: str | Path | None = None,
     device: str = "cpu",
     overwrite: bool = False,
     resume: bool = False,
@@ -61,6 +70,7 @@ def restore(
         include: patterns (``*``, ``?``) on full weight names; empty: the linear modules of all decoder layers.
         exclude: patterns of modules to leave as tuned.
         save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"auto"``.
+        statistics: directory of curvature statistics: those that fit are loaded, what is estimated is saved there.
         device: where tensors are edited and the model runs.
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
         resume: go on where a killed run with the same recipe and inputs stopped.
@@ -82,7 +92,7 @@ def restore(
 
 
 _RECIPE_KEYS = frozenset(
-    {"aligned", "tuned", "out", "method", *CHECKPOINTS, *DATA, "include", "exclude", "save", "device"}
+    {"aligned", "tuned", "out", "method", *CHECKPOINTS, *DATA, "include", "exclude", "save", "statistics", "device"}
 )
 
 
@@ -101,7 +111,7 @@ def run_recipe(
 
     method = make(recipe.method, recipe.parameters)
     _check_device(recipe.device)
-    data = _read_data(recipe, method)
+    data = read_data(recipe, method)
     stages = Stages()
     messages = [f"{method.name} does not look at {name}" for name in _unused(recipe, method)]
     with ExitStack() as stack:
@@ -113,24 +123,28 @@ def run_recipe(
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             for role in CHECKPOINTS:
                 if role in method.needs:
-                    sources[role] = stack.enter_context(open_tuned(_given(recipe, role), aligned))
+                    sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
             bundle = Bundle(sources, device=recipe.device)
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
             names = select_modules(shapes, method, recipe, tuned.config)
             messages += _told_of(shapes, names, bundle)
             adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
             options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
-            options |= {"recipe": _resolved(recipe, method, score), "data": _data_files(recipe, method)}
+            options |= {"recipe": _resolved(recipe, method, score), "data": data_files(recipe, method)}
             if adapter is None:
                 tuned.require_config()
                 writer = stack.enter_context(Writer(recipe.out, tuned, **options))
             else:
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
-        sweep = _Sweeps(bundle, names, progress)
+        known = ModuleStatistics()
+        if method.statistics():
+            with stages.stage("statistics"):
+                known = gather_statistics(recipe, method, data, bundle, names, progress=progress, tell=messages.append)
+        sweep = _Sweeps(bundle, names, known, progress)
         evidence = None
         if "model" in method.needs:
             with stages.stage("evidence"):
-                evidence = _evidence(recipe, method, data, bundle, score)
+                evidence = hidden_evidence(recipe, method, data, bundle, score)
         with stages.stage("plan"):
             plan = method.plan(lambda: sweep.modules("planning"), evidence, messages.append)
         del evidence  # the model in memory
@@ -161,11 +175,6 @@ def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, 
     return {**recipe.record(), "parameters": method.model_dump(mode="json"), **own}
 
 
-def _data_files(recipe: Recipe, method: Method) -> dict[str, Path]:
-    """The JSON Lines that the method reads."""
-    return {key: _given(recipe, key) for key in DATA if key in method.needs}
-
-
 def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
     """What a reader of the report should know of the inputs."""
     lines: list[str] = []
@@ -192,25 +201,7 @@ def _check_device(device: str) -> None:
 
 
 def _unused(recipe: Recipe, method: Method) -> list[str]:
-    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in method.needs]
-
-
-def _given(recipe: Recipe, argument: str) -> Path:
-    value: Path | None = getattr(recipe, argument)
-    if value is None:
-        option = argument.replace("_", "-")
-        raise RestoreError(f"restore: method {recipe.method!r} needs {argument}; pass {argument}=... (--{option}).")
-    return value
-
-
-def _read_data(recipe: Recipe, method: Method) -> dict[str, list[Example]]:
-    """The JSON Lines that the method needs, read before anything heavy."""
-    from curvkern.evaluate import read_jsonl
-
-    for argument in CHECKPOINTS:
-        if argument in method.needs:
-            _given(recipe, argument)
-    return {key: read_jsonl(path) for key, path in _data_files(recipe, method).items()}
+    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in looked_at(method)]
 
 
 def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
@@ -227,64 +218,14 @@ def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, name
     return why is None and recipe.save != "checkpoint"
 
 
-def _evidence(
-    recipe: Recipe, method: Method, data: Mapping[str, list[Example]], bundle: Bundle, score: Score | None
-) -> Evidence:
-    """The model in memory, with the harmful and task prompts as tokens."""
-    from transformers import AutoTokenizer
-
-    from curvkern.curvature import HiddenEvidence
-    from curvkern.evaluate import chat_prompt
-
-    if heads := [name for name, why in bundle.skipped.items() if "embedding" in why]:
-        raise RestoreError(
-            f"restore: {heads[0]} is tied to the embedding in one of aligned and tuned and not in the other; "
-            f"{method.name} runs both in one model. Save them alike."
-        )
-    # What is written carries the tuned model's tokenizer and chat template, where it has them.
-    aligned = cast("Checkpoint", bundle.sources["aligned"]).directory
-    paths = [Path(bundle.sources["tuned"].path), aligned]
-    tokenizer_at = next((path for path in paths if (path / "tokenizer_config.json").is_file()), aligned)
-    tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer_at)
-    prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
-    judge = score or _exact_match(data["task"], recipe)
-    tuned = bundle.sources["tuned"]
-    return HiddenEvidence(
-        aligned,
-        ((name, tuned.read(name)) for name in bundle.names),
-        prompts=prompts,  # pyright: ignore[reportArgumentType]
-        score=lambda model: judge(model, tokenizer),
-        device=recipe.device,
-        **method.evidence_options(),
-    )
-
-
-def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:
-    """The share of task prompts that a model answers, greedily, with exactly the expected response."""
-    from curvkern.evaluate import generate, task_accuracy
-
-    expected = [row.response for row in rows if row.response is not None]
-    if len(expected) < len(rows):
-        raise RestoreError(
-            f"restore: {recipe.task}: {len(rows) - len(expected)} rows have no response; the task score is exact match "
-            "of responses. Add them, or pass score=... from Python."
-        )
-
-    def score(model: Any, tokenizer: Any) -> float:
-        longest = max(len(tokenizer.encode(text)) for text in expected)
-        answers = generate(model, tokenizer, [row.asked() for row in rows], max_new_tokens=longest + 4)
-        return task_accuracy(answers, expected).value
-
-    return score
-
-
 class _Sweeps:
     """Streams the selected modules, as often as asked."""
 
-    def __init__(self, bundle: Bundle, names: Sequence[str], progress: bool) -> None:
+    def __init__(self, bundle: Bundle, names: Sequence[str], known: ModuleStatistics, progress: bool) -> None:
         self.bundle = bundle
         self.names = names
         self.selected = frozenset(names)
+        self.known = known
         self.progress = progress
 
     def modules(self, what: str, skip: Container[str] = ()) -> Generator[Module]:
@@ -292,10 +233,10 @@ class _Sweeps:
         from curvkern.methods import Module
 
         names = [name for name in self.names if name not in skip]
-        with _bar(what, len(names), self.progress) as advance:
-            for name, tensors in self.bundle.stream(names):
+        with bar(what, len(names), self.progress) as advance:
+            for done, (name, tensors) in enumerate(self.bundle.stream(names), 1):
                 layer = layer_of(name) or 0
-                advance(f"{what}: layer {layer}")
+                advance(done, f"{what}: layer {layer}")
                 yield Module(
                     name=name,
                     layer=layer,
@@ -307,6 +248,7 @@ class _Sweeps:
                     safety_adapter=tensors.get("safety_adapter"),
                     factors=self._factors("tuned", name, tensors["tuned"]),
                     safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
+                    statistics=self.known.of(name),
                 )
 
     def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
@@ -382,18 +324,3 @@ def _refuse_spread(method: Method, module: Module, stored: Tensor) -> None:
             f"restore: {method.name} made {count} non-finite weights of finite ones in {module.name}; nothing is "
             "written. Look for NaN or Inf in the inputs or for an overflow of its dtype."
         )
-
-
-@contextmanager
-def _bar(what: str, total: int, shown: bool) -> Generator[Callable[[str], None]]:
-    """A progress bar with the layer and the time left."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=not shown, transient=True) as progress:
-        bar = progress.add_task(what, total=total)
-
-        def advance(description: str) -> None:
-            progress.update(bar, advance=1, description=description)
-
-        yield advance

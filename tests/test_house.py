@@ -33,11 +33,13 @@ MAY_IMPORT = {
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
     "recipe": (set(), {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
-    # The pass scores prompts while it searches, so it knows how a model is evaluated.
-    "restore": (
-        {"checkpoint", "curvature", "methods", "evaluate", "report", "recipe", "scope"},
-        {"torch", "transformers", "rich"},
+    "progress": (set(), {"rich"}),
+    # A method may score prompts while it searches, so this knows how a model is evaluated.
+    "evidence": (
+        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
+        {"torch", "transformers"},
     ),
+    "restore": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope", "progress"}, {"torch"}),
     # Makes everything it needs, as a user would: all that is public.
     "demo": (
         {"__init__", "checkpoint", "ops", "curvature", "methods", "evaluate", "report", "restore", "training"},

@@ -10,11 +10,18 @@ from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module,
 
 #: name -> "module:class"; a method is imported when it is asked for.
 REGISTRY: dict[str, str] = {
+    "antidote": "curvkern.methods.antidote:Antidote",
+    "ascent": "curvkern.methods.ascent:Ascent",
+    "budgeted": "curvkern.methods.budgeted:Budgeted",
+    "curvature": "curvkern.methods.curvature:Curvature",
     "gradient_rollback": "curvkern.methods.gradient_rollback:GradientRollback",
+    "irr": "curvkern.methods.irr:IRR",
     "lox": "curvkern.methods.lox:Lox",
     "merge": "curvkern.methods.merge:Merge",
     "random": "curvkern.methods.random:Random",
     "resta": "curvkern.methods.resta:Resta",
+    "rewind": "curvkern.methods.rewind:Rewind",
+    "safe_delta": "curvkern.methods.safe_delta:SafeDelta",
     "safe_lora": "curvkern.methods.safe_lora:SafeLora",
     "safe_merge": "curvkern.methods.safe_merge:SafeMerge",
     "splora": "curvkern.methods.splora:Splora",

@@ -23,11 +23,14 @@ class Need:
         quantity: ``"gradient"``, ``"fisher_diag"``, ``"input_gram"`` and so on.
         data: the loss is on the responses of these rows.
         at: the model whose gradients or inputs they are.
+        loss: of a row: the mean over its response's tokens, or the sum, whose mean square gradient is the diagonal of
+            its Hessian where the model fits the data (of a mean over T tokens it is a T-th of that).
     """
 
     quantity: str
     data: Literal["harmful", "safety", "task"]
     at: Literal["tuned", "aligned"] = "tuned"
+    loss: Literal["response_mean", "token_sum"] = "response_mean"
 
 
 @dataclass(frozen=True)
