@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from curvkern.backend import check
-from curvkern.curvature.capture import KINDS, Kind, Sink, count_uses, select, sites_of, tapped
-from curvkern.curvature.experts import expert_sites, experts_tapped
-from curvkern.curvature.hessian import Probes, twice_differentiable
+from curvkern.curvature.by_layer import ByLayer, fits
+from curvkern.curvature.capture import KINDS, Kind
 from curvkern.curvature.hidden import CurvatureError
-from curvkern.curvature.losses import Loss, backward_losses, finite, losses_of, relabelled
-from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics, fingerprint
+from curvkern.curvature.losses import Loss
+from curvkern.curvature.resident import Job, Resident
+from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics
 from curvkern.curvature.sums import QUANTITIES, Block, RotatedSums, Sums
-from curvkern.curvature.texts import UNLABELLED, Batch, Text, batches, checked, from_rows
+from curvkern.curvature.texts import Text, checked, from_rows
 from curvkern.curvature.texts import fingerprint as data_fingerprint
 
 Sample = Literal["sequence", "token", "batch"]
@@ -46,6 +46,9 @@ def estimate(
     max_length: int | None = None,
     probes: int = 8,
     hvp: Literal["exact", "difference"] = "exact",
+    layerwise: bool | Literal["auto"] = "auto",
+    device: str | torch.device = "cpu",
+    spill: str | Path | None = None,
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] = lambda: False,
@@ -96,6 +99,11 @@ def estimate(
         probes: random directions of ``hessian_diag``, at least 2.
         hvp: products with the Hessian by a second backward, with attention and experts in plain operations, or by
             central differences of gradients, with the model as it is configured; these keep a copy of the weights.
+        layerwise: run the model of a directory with one decoder layer in memory at a time; ``"auto"``: where it would
+            take more than half of the memory that is free. Sums are the same; it takes no embeddings, no ``stop``, no
+            ``"type-2"``, no differences, and a loss that is not finite is an error.
+        device: where the model of a directory runs.
+        spill: a directory for hidden states between layers, for ``layerwise``; None: they stay in memory.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all).
         stop: asked after each batch; if true, the statistics are those of the samples so far. Of quantities that take
@@ -115,14 +123,11 @@ def estimate(
     """
     wanted = (quantity,) if isinstance(quantity, str) else tuple(quantity)
     _check(wanted, sample, fisher_type, loss, kinds, block, mc_samples, probes)
-    if isinstance(model, str | Path):
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(model)
     texts = checked(from_rows(data), max_length)
     draws = mc_samples if fisher_type == "mc" else 1
+    gathered = [name for name in wanted if name != "hessian_diag"]
     choices = Choices(
-        model=fingerprint(model.named_parameters()),
+        model="",
         sample=sample,
         fisher_type=fisher_type,
         loss=loss if isinstance(loss, str) else getattr(loss, "__qualname__", type(loss).__name__),
@@ -130,33 +135,36 @@ def estimate(
         mc_samples=draws,
         probes=probes,
         seed=seed,
-        dtype=str(model.dtype).removeprefix("torch."),
     )
     begin = _already(resume, choices, wanted, texts)
-    gathered = [name for name in wanted if name != "hessian_diag"]
-    sweeps = bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted)
-    run = _Run(model, texts, begin, batch_tokens, draws, loss, non_finite == "skip", tell, stop, sweeps)
-    found: dict[str, dict[str, Tensor]] = {}
-    counts = Counts()
-    if gathered:
-        sums = Sums(gathered, sample, block, len(texts) - begin)
-        with measured(model, include, exclude, kinds, texts[0], sums.add) as started:
-            counts = run.sweep(lambda batch: _backwards(run, batch, started, sums, fisher_type, seed))
-        found |= {quantity: _first(counts.rows, of) if quantity in ROWS else of for quantity, of in sums.found.items()}
-    if "ekfac" in wanted and not run.stopped:
-        rotated = RotatedSums(found, sample)
-        with measured(model, include, exclude, kinds, texts[0], rotated.add) as started:
-            run.sweep(lambda batch: _backwards(run, batch, started, rotated, fisher_type, seed))
-        if not run.stopped:
-            found |= rotated.found
-    if "hessian_diag" in wanted and not run.stopped:
-        parameters = _parameters(model, include, exclude, kinds)
-        products = Probes(parameters, probes, seed)
-        add = products.add if hvp == "exact" else products.add_differences
-        with _ready(model, parameters), twice_differentiable(model) if hvp == "exact" else nullcontext():
-            swept = run.sweep(lambda batch: _products(run, batch, add))
-        if not (run.stopped and gathered):  # what is begun is of fewer rows than the rest
-            counts, found = swept, found | products.found
+    job = Job(
+        texts, begin, batch_tokens, draws, fisher_type, loss, seed, non_finite == "skip", include, exclude, kinds, tell,
+        stop, sweeps=bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted),
+    )  # fmt: skip
+    with _running(model, job, layerwise, device, spill) as run:
+        choices = replace(choices, dtype=str(run.dtype).removeprefix("torch."))
+        if resume is not None and not isinstance(run, ByLayer):
+            choices = replace(choices, model=run.fingerprint())
+            _require_same(resume.choices, choices, ("model", "dtype"))
+        if begin == len(texts):
+            raise CurvatureError(f"estimate: nothing to resume: all {begin} rows are done")
+        found: dict[str, dict[str, Tensor]] = {}
+        counts = Counts()
+        if gathered:
+            sums = Sums(gathered, sample, block, len(texts) - begin)
+            counts = run.gather(sums)
+            found |= {q: _first(counts.rows, of) if q in ROWS else of for q, of in sums.found.items()}
+        if "ekfac" in wanted and not run.stopped:
+            rotated = RotatedSums(found, sample)
+            run.gather(rotated)
+            if not run.stopped:
+                found |= rotated.found
+        if "hessian_diag" in wanted and not run.stopped:
+            swept, products = run.products(probes, hvp)
+            if not (run.stopped and gathered):  # what is begun is of fewer rows than the rest
+                counts, found = swept, found | products.found
+        choices = replace(choices, model=run.fingerprint())
+        parameters = run.parameters()
     for extra in set(found) - _stored(wanted):
         del found[extra]
     if not found:
@@ -167,7 +175,7 @@ def estimate(
     end = begin + counts.rows
     counts = replace(counts, data=(data_fingerprint(texts[begin:end]),))
     covered = {name for of in found.values() for name in of}
-    unmeasured = tuple(name for name, _ in model.named_parameters() if name not in covered)
+    unmeasured = tuple(name for name in parameters if name not in covered)
     result = Statistics(choices, counts, found, unmeasured)
     if resume is None:
         return result
@@ -189,65 +197,6 @@ def _first(rows: int, of: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor[:rows] for name, tensor in of.items()}
 
 
-@dataclass
-class _Run:
-    """What all sweeps over the data share."""
-
-    model: Any
-    texts: Sequence[Text]
-    begin: int
-    batch_tokens: int
-    draws: int
-    loss: str | Loss
-    skip: bool
-    tell: Callable[[int, int], None]
-    stop: Callable[[], bool]
-    sweeps: int
-    swept: int = 0
-    stopped: bool = False
-
-    def sweep(self, run: Callable[[Batch], bool]) -> Counts:
-        """``run`` every batch; it says whether the batch counts. What is left when ``stop`` says so is left out."""
-        counts = Counts()
-        for batch in batches(self.texts, self.batch_tokens, self.model.device, self.begin):
-            counts += Counts(rows=len(batch.ids))
-            if run(batch):
-                counts += Counts(
-                    samples=len(batch.ids) * self.draws,
-                    tokens=int(batch.mask.sum()) * self.draws,
-                    targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * self.draws,
-                )
-            done = batch.first + len(batch.ids)
-            self.tell((self.swept * len(self.texts) + done) // self.sweeps, len(self.texts))
-            if self.stop() and done < len(self.texts):
-                self.stopped = True
-                break
-        self.swept += 1
-        return counts
-
-
-def _backwards(
-    run: _Run, batch: Batch, started: Callable[[Batch], None], sums: Any, fisher_type: str, seed: int
-) -> bool:
-    """Backward passes of a batch under the labels that the kind of Fisher asks for."""
-    started(batch)
-    for part in relabelled(run.model, batch, fisher_type, run.draws, seed, run.loss):
-        started(part)
-        sums.first = batch.first - run.begin
-        if not backward_losses(run.model, part, run.loss, skip=run.skip):
-            return False
-    return True
-
-
-def _products(run: _Run, batch: Batch, add: Callable[[Callable[[], Tensor]], None]) -> bool:
-    """Products of a batch's Hessian with the probes."""
-    with torch.no_grad():
-        if not finite(losses_of(run.model, batch, run.loss), batch, skip=run.skip):
-            return False
-    add(lambda: losses_of(run.model, batch, run.loss).sum())
-    return True
-
-
 def _already(resume: Statistics | None, choices: Choices, wanted: Sequence[str], texts: Sequence[Text]) -> int:
     """How many of the texts ``resume`` covers: its data must be the first ones."""
     if resume is None:
@@ -255,18 +204,39 @@ def _already(resume: Statistics | None, choices: Choices, wanted: Sequence[str],
     if "ekfac" in wanted:
         raise CurvatureError("estimate: quantity 'ekfac' needs all data at once and cannot be resumed")
     done = resume.counts.rows
-    for name in ("model", "sample", "fisher_type", "loss", "block", "mc_samples", "probes", "seed", "dtype"):
-        was, now = getattr(resume.choices, name), getattr(choices, name)
-        if was != now:
-            raise CurvatureError(f"estimate: cannot resume: {name} was {was!r}, is {now!r}")
+    _require_same(resume.choices, choices, ("sample", "fisher_type", "loss", "block", "mc_samples", "probes", "seed"))
     if set(resume.sums) != _stored(wanted):
         there, asked = (", ".join(sorted(names)) for names in (resume.sums, _stored(wanted)))
         raise CurvatureError(f"estimate: cannot resume: there is {there}, asked for is {asked}")
     if resume.counts.data != (data_fingerprint(texts[:done]),):
         raise CurvatureError(f"estimate: cannot resume: the first {done} rows are not those it was begun with")
-    if done == len(texts):
-        raise CurvatureError(f"estimate: nothing to resume: all {done} rows are done")
     return done
+
+
+def _require_same(earlier: Choices, choices: Choices, names: Sequence[str]) -> None:
+    for name in names:
+        was, now = getattr(earlier, name), getattr(choices, name)
+        if was != now:
+            raise CurvatureError(f"estimate: cannot resume: {name} was {was!r}, is {now!r}")
+
+
+@contextmanager
+def _running(
+    model: Any, job: Job, layerwise: bool | Literal["auto"], device: str | torch.device, spill: str | Path | None
+) -> Generator[Resident | ByLayer]:
+    """Whoever runs the model: in memory, or from its checkpoint one layer at a time."""
+    if not isinstance(model, str | Path):
+        if layerwise is True:
+            raise CurvatureError("estimate: layerwise=True takes a model's directory; this one is in memory already")
+        yield Resident(model, job)
+    elif layerwise is True or (layerwise == "auto" and not fits(model, device)):
+        with ByLayer(model, job, device, spill) as run:
+            yield run
+    else:
+        from transformers import AutoModelForCausalLM
+
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model)
+        yield Resident(loaded.to(device), job)
 
 
 def _check(
@@ -303,55 +273,3 @@ def _check(
         raise CurvatureError("estimate: 'hessian_diag' is of the loss on the data: pass fisher_type='empirical'")
     if fisher_type == "type-2" and sample != "sequence":
         raise CurvatureError("estimate: fisher_type='type-2' weighs whole samples; it takes sample='sequence' alone")
-
-
-@contextmanager
-def measured(
-    model: Any, include: Sequence[str], exclude: Sequence[str], kinds: Sequence[str], text: Text, sink: Sink
-) -> Generator[Callable[[Batch], None]]:
-    """Inside, backward passes give pairs to ``sink``; gives what is told of each batch before it runs."""
-    current: list[Batch] = []
-
-    def mask() -> Tensor:
-        return current[-1].mask
-
-    linear, experts = select([*sites_of(model), *expert_sites(model)], include, exclude, kinds)
-    with _ready(model, {}):
-        ids = torch.tensor([text.ids], device=model.device)
-        uses = count_uses(linear, lambda: model(input_ids=ids, use_cache=False))
-        used = [site for site in linear if uses[site.name]]
-        with tapped(used, uses, sink, mask), experts_tapped(model, experts, sink, mask):
-            yield lambda batch: current.__setitem__(slice(None), [batch])
-
-
-def _parameters(
-    model: Any, include: Sequence[str], exclude: Sequence[str], kinds: Sequence[str]
-) -> dict[str, nn.Parameter]:
-    """The weights that are selected, and their biases."""
-    linear, experts = select([*sites_of(model), *expert_sites(model)], include, exclude, kinds)
-    names = {name for site in (*linear, *experts) for name in (site.name, site.bias)}
-    every: list[tuple[str, nn.Parameter]] = list(model.named_parameters())
-    return {name: parameter for name, parameter in every if name in names}
-
-
-@contextmanager
-def _ready(model: nn.Module, wanted: Mapping[str, nn.Parameter]) -> Generator[None]:
-    """In eval mode, with a graph from the embeddings on; only ``wanted`` parameters get gradients. Then as before."""
-    training, before = model.training, [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    embeddings: nn.Module = model.get_input_embeddings()  # pyright: ignore[reportCallIssue, reportAssignmentType]
-    keep = {id(parameter) for parameter in wanted.values()}
-    handle = embeddings.register_forward_hook(
-        lambda module, arguments, output: output if output.requires_grad else output.requires_grad_()
-    )
-    try:
-        model.eval()
-        for parameter, _, _ in before:
-            parameter.requires_grad_(id(parameter) in keep)
-            parameter.grad = None
-        yield
-    finally:
-        handle.remove()
-        for parameter, requires_grad, grad in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        model.train(training)

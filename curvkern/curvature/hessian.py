@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -43,75 +43,78 @@ class Probes:
         found: ``hessian_diag`` (like the parameter, mean over probes), ``hessian_trace`` [probes].
     """
 
-    def __init__(self, parameters: dict[str, nn.Parameter], probes: int, seed: int) -> None:
-        self._parameters = parameters
+    def __init__(self, shapes: Mapping[str, torch.Size], device: torch.device, probes: int, seed: int) -> None:
         self._probes = probes
         self._seed = seed
-        self._offsets = dict(zip(parameters, _starts(parameters.values()), strict=True))
-        diag, trace = ({}, {})
-        for name, parameter in parameters.items():
-            diag[name] = torch.zeros(parameter.shape, device=parameter.device)
-            trace[name] = torch.zeros(probes, device=parameter.device)
+        self._offsets = dict(zip(shapes, _starts(shapes.values()), strict=True))
+        diag = {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        trace = {name: torch.zeros(probes, device=device) for name in shapes}
         self.found: dict[str, dict[str, Tensor]] = {"hessian_diag": diag, "hessian_trace": trace}
 
-    def add(self, loss: Callable[[], Tensor]) -> None:
+    def direction(self, name: str, like: Tensor, probe: int) -> Tensor:
+        """The signs of a parameter, made anew."""
+        return _signs(like.shape, like.dtype, like.device, self._seed + probe, self._offsets[name])
+
+    def add_product(self, name: str, product: Tensor, probe: int, scale: float = 1.0) -> None:
+        """Add what a probe's product with the Hessian says of a parameter, times ``scale``."""
+        seed, offset = self._seed + probe, self._offsets[name]
+        product, diag = product.contiguous(), self.found["hessian_diag"][name]
+        hutchinson_(diag, product, seed=seed, offset=offset, scale=scale / self._probes)
+        mean, whole = torch.zeros(1, 1, device=product.device), (1, product.numel())
+        hutchinson_(mean, product.view(whole), seed=seed, offset=offset, block=whole, scale=scale)
+        self.found["hessian_trace"][name][probe] += mean[0, 0] * product.numel()
+
+    def add(self, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> None:
         """Add the exact products of one batch; ``loss`` runs the model and gives the sum of its losses."""
         for probe in range(self._probes):
             grads: Sequence[Tensor | None] = torch.autograd.grad(
-                loss(), list(self._parameters.values()), create_graph=True, allow_unused=True
+                loss(), list(parameters.values()), create_graph=True, allow_unused=True
             )
-            used = [(name, g) for name, g in zip(self._parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
+            used = [(name, g) for name, g in zip(parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
             signed = [_SignedSum.apply(g, self._seed + probe, self._offsets[name]) for name, g in used]  # pyright: ignore[reportUnknownMemberType]
             total = torch.stack(cast("list[Tensor]", signed)).sum()
             del grads, used, signed
-            self._take(total, probe, 1.0)
+            self._take(parameters, total, probe, 1.0)
 
-    def add_differences(self, loss: Callable[[], Tensor]) -> None:
+    def add_differences(self, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> None:
         r"""Add :math:`v \odot (g(w + \epsilon v) - g(w - \epsilon v)) / 2 \epsilon` of one batch, with gradients alone.
 
         :math:`\epsilon` is the cube root of the weights' rounding times their root mean square: where the error of the
         difference, which grows with its square, meets that of rounding. Weights are put back bit for bit.
         """
-        kept = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         squares = sum(float(w.float().square().sum()) for w in kept.values())
         rounding = max(torch.finfo(w.dtype).eps for w in kept.values())
         step = rounding ** (1 / 3) * (squares / sum(w.numel() for w in kept.values())) ** 0.5
         try:
             for probe in range(self._probes):
                 for side in (step, -step):
-                    self._move(kept, probe, side)
-                    self._take(loss(), probe, 0.5 / side)
+                    self._move(parameters, kept, probe, side)
+                    self._take(parameters, loss(), probe, 0.5 / side)
         finally:
-            self._move(kept, 0, 0.0)
+            self._move(parameters, kept, 0, 0.0)
 
     @torch.no_grad()
-    def _move(self, origin: dict[str, Tensor], probe: int, step: float) -> None:
+    def _move(
+        self, parameters: Mapping[str, nn.Parameter], origin: Mapping[str, Tensor], probe: int, step: float
+    ) -> None:
         """Put the weights ``step`` along the probe from their origin."""
-        seed = self._seed + probe
-        for name, parameter in self._parameters.items():
+        for name, parameter in parameters.items():
             parameter.copy_(origin[name])
             if step:
-                signs = _signs(parameter.shape, parameter.dtype, parameter.device, seed, self._offsets[name])
-                parameter.add_(signs, alpha=step)
+                parameter.add_(self.direction(name, parameter, probe), alpha=step)
 
-    def _take(self, loss: Tensor, probe: int, scale: float) -> None:
+    def _take(self, parameters: Mapping[str, nn.Parameter], loss: Tensor, probe: int, scale: float) -> None:
         """A backward whose gradients are added, times ``scale``, each as soon as it is whole, and let go of."""
 
         def take(name: str, parameter: Tensor) -> None:
             product, parameter.grad = parameter.grad, None
-            if product is None:
-                return
-            seed, offset = self._seed + probe, self._offsets[name]
-            with torch.no_grad():
-                product, diag = product.contiguous(), self.found["hessian_diag"][name]
-                hutchinson_(diag, product, seed=seed, offset=offset, scale=scale / self._probes)
-                mean, whole = torch.zeros(1, 1, device=product.device), (1, product.numel())
-                hutchinson_(mean, product.view(whole), seed=seed, offset=offset, block=whole, scale=scale)
-                self.found["hessian_trace"][name][probe] += mean[0, 0] * product.numel()
+            if product is not None:
+                with torch.no_grad():
+                    self.add_product(name, product, probe, scale)
 
         handles = [
-            parameter.register_post_accumulate_grad_hook(partial(take, name))
-            for name, parameter in self._parameters.items()
+            parameter.register_post_accumulate_grad_hook(partial(take, name)) for name, parameter in parameters.items()
         ]
         try:
             loss.backward()
@@ -120,12 +123,12 @@ class Probes:
                 handle.remove()
 
 
-def _starts(parameters: Any) -> Sequence[int]:
+def _starts(shapes: Iterable[torch.Size]) -> Sequence[int]:
     """Where each parameter's signs begin in a probe's stream."""
     starts, at = list[int](), 0
-    for parameter in parameters:
+    for shape in shapes:
         starts.append(at)
-        at += parameter.numel()
+        at += shape.numel()
     return starts
 
 

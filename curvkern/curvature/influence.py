@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from curvkern.curvature.capture import Pair, Site
-from curvkern.curvature.estimate import measured
 from curvkern.curvature.losses import Loss, backward_losses
+from curvkern.curvature.resident import measured
 from curvkern.curvature.texts import batches, checked, from_rows
 from curvkern.ops import sample_dots
 

@@ -31,7 +31,11 @@ def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = 
 
 def total_loss(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
     """The sum of `losses_of`, once differentiable: its gradient takes the place of the logits, the largest tensor."""
-    logits = _logits(model, batch)
+    return total_of(logits_of(model, batch), batch, loss)
+
+
+def total_of(logits: Tensor, batch: Batch, loss: str | Loss) -> Tensor:
+    """`total_loss` from logits."""
     if not isinstance(loss, str):
         return loss(logits, batch.labels).sum()
     labels = _moved(batch.labels, UNLABELLED)
@@ -41,7 +45,8 @@ def total_loss(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
     return weighted_cross_entropy(logits, labels, weights, reduction="sum", overwrite=True)
 
 
-def _logits(model: Any, batch: Batch) -> Tensor:
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """[n, t, vocabulary]."""
     return model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False).logits
 
 
@@ -52,7 +57,11 @@ def _moved(of_labels: Tensor, fill: float) -> Tensor:
 
 def losses_of(model: Any, batch: Batch, loss: str | Loss) -> Tensor:
     """[n], in float32; of weighted labels [1]."""
-    logits = _logits(model, batch)
+    return each_of(logits_of(model, batch), batch, loss)
+
+
+def each_of(logits: Tensor, batch: Batch, loss: str | Loss) -> Tensor:
+    """`losses_of` from logits."""
     if not isinstance(loss, str):
         return loss(logits, batch.labels)
     labels = _moved(batch.labels, UNLABELLED)
@@ -87,16 +96,16 @@ def relabelled(model: Any, batch: Batch, fisher_type: str, draws: int, seed: int
         yield batch
         return
     with torch.no_grad():
-        logits = _logits(model, batch)
+        logits = logits_of(model, batch)
     shares = logits.double().softmax(-1)
     if fisher_type == "mc":
         for draw in range(draws):
-            yield replace(batch, labels=_drawn(shares, batch, f"{seed}/{draw}"))
+            yield replace(batch, labels=drawn(shares, batch, f"{seed}/{draw}"))
     else:
         yield from _all_labels(shares, batch, loss)
 
 
-def _drawn(shares: Tensor, batch: Batch, seed: str) -> Tensor:
+def drawn(shares: Tensor, batch: Batch, seed: str) -> Tensor:
     """Labels drawn from the model, by a uniform number for each row and place: the same in every batch."""
     labels = batch.labels.clone()
     for row in range(len(labels)):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from curvkern.curvature.capture import Kind, Site, select, sites_of
-from curvkern.curvature.estimate import FisherType, LossName, measured
+from curvkern.curvature.estimate import FisherType, LossName
 from curvkern.curvature.experts import expert_sites
 from curvkern.curvature.losses import Loss, total_loss
+from curvkern.curvature.resident import measured
 from curvkern.curvature.sums import Block, tile
 from curvkern.curvature.texts import Batch, batches, checked, from_rows
 

@@ -1,58 +1,102 @@
-"""The taps of curvature see in single layers what they see in the model in memory."""
-
-from contextlib import contextmanager
-from dataclasses import replace
+"""Statistics of a model that runs layer by layer are those of the model in memory."""
 
 import pytest
 import torch
 from layerwise.tiny import resident, save
 from oracles import close, texts
-from torch.nn.functional import cross_entropy
 
-from curvkern.curvature import estimate
-from curvkern.curvature.capture import linear_sites, tapped
-from curvkern.curvature.experts import expert_sites, experts_tapped
-from curvkern.curvature.sums import Sums
-from curvkern.curvature.texts import batches
-from curvkern.layerwise import LayerwiseModel
+from curvkern.curvature import CurvatureError, estimate
+
+FIRST = ("gradient", "fisher_diag", "fisher_blocks", "abs_gradient", "sample_norms", "low_rank", "kfac")
 
 
-def token_sum(logits, labels):
-    return cross_entropy(logits[:, :-1].mT, labels[:, 1:], reduction="none").sum(1)
+def both(path, **options):
+    rows = texts()
+    by_layer = estimate(path, rows, layerwise=True, batch_tokens=13, **options)
+    return by_layer, estimate(resident(path), rows, batch_tokens=13, **options)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral", "qwen3-moe"])
-@pytest.mark.parametrize("quantity", ["fisher_diag", "kfac"])
-def test_sums_are_those_of_the_model_in_memory(tmp_path, kind, quantity):
-    path, rows = save(tmp_path / "model", kind), texts()
-    wanted = estimate(resident(path), rows, quantity=quantity, loss=token_sum, batch_tokens=13)
-    sums, current = Sums([quantity], "sequence", (128, 128), len(rows)), []
+def same(by_layer, in_memory, exactly):
+    assert by_layer.choices == in_memory.choices
+    assert by_layer.counts == in_memory.counts
+    assert by_layer.unmeasured == in_memory.unmeasured
+    assert by_layer.sums.keys() == in_memory.sums.keys()
+    for quantity, of in in_memory.sums.items():
+        assert by_layer[quantity].keys() == of.keys()
+        for name, tensor in of.items():
+            got = by_layer[quantity][name]
+            assert torch.equal(got, tensor) if exactly else close(got, tensor.double()) is None, (quantity, name)
 
-    @contextmanager
-    def watch(place):
-        if place.index is None:
-            yield lambda batch: None
-            return
-        linear, experts = (
-            [
-                replace(site, name=f"{place.name}.{site.name}", bias=site.bias and f"{place.name}.{site.bias}")
-                for site in found
-            ]
-            for found in (linear_sites(place.module), expert_sites(place.module))
-        )
-        uses, mask = {site.name: 1 for site in linear}, lambda: current[-1].mask
-        with tapped(linear, uses, sums.add, mask), experts_tapped(model.model, experts, sums.add, mask):
-            yield current.append
 
-    def losses(model, batch):
-        return token_sum(model(input_ids=batch.ids, attention_mask=batch.mask.long()).logits, batch.labels)
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral", "gpt2"])
+def test_every_first_order_quantity_is_the_same_bit_for_bit(tmp_path, kind):
+    path = save(tmp_path / "model", kind)
+    norms = {"kinds": ("linear", "experts", "norm"), "include": ["*layers*", "*.h.*"][kind == "gpt2" :][:1]}
+    same(*both(path, quantity=FIRST, **norms), exactly=True)
+    same(*both(path, fisher_type="mc", mc_samples=2, loss="token_sum"), exactly=True)
 
-    with LayerwiseModel.open(path) as model:
-        model.backward(list(batches(rows, 13, "cpu")), losses, watch=watch)
-    for name, of in wanted.sums.items():
-        assert of.keys() == sums.found[name].keys()
-        for parameter, tensor in of.items():
-            if kind in ("llama", "gpt2"):
-                assert torch.equal(sums.found[name][parameter], tensor)
-            else:  # the forward sweep, which has no taps, runs experts by other kernels
-                close(sums.found[name][parameter], tensor.double())
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3-moe"])
+def test_experts_are_the_same_to_rounding(tmp_path, kind):
+    """The forward sweep, which has no taps, runs them by other kernels."""
+    path = save(tmp_path / "model", kind)
+    same(*both(path, quantity=("gradient", "fisher_diag", "kfac")), exactly=False)
+
+
+def test_eigenbases_and_hessians_are_the_same(tmp_path):
+    path = save(tmp_path / "model", "llama")
+    same(*both(path, quantity=("ekfac", "kfac")), exactly=True)
+    by_layer, in_memory = both(path, quantity="hessian_diag", probes=2)
+    assert by_layer.choices == in_memory.choices
+    for name, tensor in in_memory["hessian_diag"].items():
+        close(by_layer["hessian_diag"][name], tensor.double())
+        close(by_layer["hessian_trace"][name], in_memory["hessian_trace"][name].double())
+
+
+def test_the_head_and_files_for_hidden_states(tmp_path):
+    path = save(tmp_path / "model", "llama")
+    spill = tmp_path / "spill"
+    spill.mkdir()
+    found, in_memory = both(path, include=["lm_head.weight", "model.norm.weight"], kinds=("linear", "norm"))
+    same(found, in_memory, exactly=True)
+    spilled = estimate(path, texts(), layerwise=True, batch_tokens=13, spill=spill, include=["lm_head.weight"])
+    assert torch.equal(spilled["fisher_diag"]["lm_head.weight"], found["fisher_diag"]["lm_head.weight"])
+    assert not list(spill.iterdir())
+
+
+def test_stopped_in_memory_and_resumed_by_layer(tmp_path):
+    path, rows = save(tmp_path / "model", "llama"), texts()
+    part = estimate(resident(path), rows, batch_tokens=1, stop=lambda: True)
+    whole = estimate(path, rows, batch_tokens=1, layerwise=True, resume=part)
+    for name, tensor in estimate(resident(path), rows, batch_tokens=1)["fisher_diag"].items():
+        close(whole["fisher_diag"][name], tensor.double())
+
+
+def test_what_does_not_fit_runs_by_layer(tmp_path, monkeypatch):
+    path = save(tmp_path / "model", "llama")
+    opened = []
+    monkeypatch.setattr("curvkern.curvature.by_layer._free", lambda device: 1000)
+    monkeypatch.setattr("curvkern.curvature.by_layer.ByLayer.gather", lambda self, sums: opened.append(1) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        estimate(path, texts())
+    assert opened
+    monkeypatch.setattr("curvkern.curvature.by_layer._free", lambda device: 1 << 40)
+    assert estimate(path, texts())["fisher_diag"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fisher_type": "type-2"}, "runs with the model in memory; pass layerwise=False"),
+        ({"non_finite": "skip"}, "non_finite='skip' runs with the model in memory"),
+        ({"kinds": ["embedding"]}, "model.embed_tokens.weight is an embedding"),
+        ({"quantity": "hessian_diag", "hvp": "difference"}, "layer by layer, products are exact"),
+        ({"loss": lambda logits, labels: logits.sum((1, 2)) * float("nan")}, "the loss of rows 1"),
+    ],
+)
+def test_what_cannot_be_done_is_told(tmp_path, changes, message):
+    path = save(tmp_path / "model", "llama")
+    with pytest.raises(CurvatureError, match=message):
+        estimate(path, texts(), layerwise=True, **changes)
+    with pytest.raises(CurvatureError, match="takes a model's directory"):
+        estimate(resident(path), texts(), layerwise=True)
