@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
   CUDA(select_histogram);
   CPU(select_blocks);
   CPU(fisher);
+  CPU(change);
   CPU(column_sumsq);
   CPU(obs);
   CPU(rademacher);

@@ -190,6 +190,15 @@ CURVKERN_CPU_LAUNCHER(vectors_axpby(const int64_t* table, const float* coefficie
 CURVKERN_CPU_LAUNCHER(vectors_lerp(const int64_t* table, const float* weight, int64_t tensors, int64_t chunks,
                                    int threads))
 
+// change -----------------------------------------------------------------------------------------------------------
+// partial[chunk of kVectorsChunk]: how many restored are not tuned, not finite, so where aligned and tuned are finite,
+// how many tuned are not aligned; squares of tuned - aligned, restored - aligned, restored - tuned, and the product of
+// the first two; finite differences only.
+constexpr int64_t kChangeSums = 8;
+
+CURVKERN_CPU_LAUNCHER(change(double* partial, const void* aligned, const void* tuned, const void* restored, int64_t n,
+                             DType aligned_dtype, DType dtype, int threads))
+
 namespace cuda {
 Status rollback(int64_t* count, void* weight, uint8_t* undo, const void* target, const float* tau, const int64_t* quota,
                 const int64_t* tie_offsets, const uint8_t* mask_bits, const uint8_t* mask_bytes, const void* grad,

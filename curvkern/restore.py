@@ -28,6 +28,7 @@ from curvkern.scope import RestoreError, layer_of, select_modules
 if TYPE_CHECKING:
     from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Writer
     from curvkern.methods import Edit, Method, Module
+    from curvkern.ops import Change
     from curvkern.report import ModuleChange, Report
 
 
@@ -284,43 +285,30 @@ def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | Adapte
 def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | AdapterWriter) -> ModuleChange:
     """Edit, check, measure and write one module."""
     from curvkern.checkpoint import Writer
-    from curvkern.report import measure_change
+    from curvkern.ops import Change, change
+    from curvkern.report import record_change
 
     edit = method.edit(module, plan)
     weight = module.tuned if edit.weight is None else edit.weight
     stored = weight.to(module.tuned.dtype)
-    _refuse_spread(method, module, stored)
-    change = measure_change(
-        module.name,
-        module.layer,
-        module.kind,
-        module.aligned,
-        module.tuned,
-        stored,
-        wanted=_wanted(edit, module),
-        notes=edit.notes,
-    )
+    found = Change.of(change(module.aligned, module.tuned, stored))
+    if found.spread:
+        raise RestoreError(
+            f"restore: {method.name} made {found.spread} non-finite weights of finite ones in {module.name}; nothing "
+            "is written. Look for NaN or Inf in the inputs or for an overflow of its dtype."
+        )
+    wanted = _wanted(edit, module, found)
+    size = module.tuned.numel()
+    done = record_change(module.name, module.layer, module.kind, size, found, wanted=wanted, notes=edit.notes)
     if isinstance(writer, Writer):
-        writer.write(module.name, stored.contiguous(), asdict(change))
+        writer.write(module.name, stored.contiguous(), asdict(done))
     elif edit.factors is not None:
-        writer.write(module.name, *edit.factors, asdict(change))
-    return change
+        writer.write(module.name, *edit.factors, asdict(done))
+    return done
 
 
-def _wanted(edit: Edit, module: Module) -> int:
+def _wanted(edit: Edit, module: Module, found: Change) -> int:
     """How many weights the method meant to change, before rounding to the checkpoint's dtype."""
     if edit.selected is not None:
-        return edit.selected
+        return found.differing if edit.selected == "all" else edit.selected
     return 0 if edit.weight is None else int((edit.weight.float() != module.tuned.float()).sum())
-
-
-def _refuse_spread(method: Method, module: Module, stored: Tensor) -> None:
-    """A restoration never makes a non-finite weight of finite ones."""
-    if bool(stored.isfinite().all()):
-        return
-    spread = ~stored.isfinite() & module.tuned.isfinite() & module.aligned.isfinite()
-    if count := int(spread.sum()):
-        raise RestoreError(
-            f"restore: {method.name} made {count} non-finite weights of finite ones in {module.name}; nothing is "
-            "written. Look for NaN or Inf in the inputs or for an overflow of its dtype."
-        )

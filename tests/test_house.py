@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "methods": ({"ops", "curvature", "checkpoint"}, {"torch", "pydantic"}),
     "training": ({"ops"}, {"torch"}),
     "evaluate": (set(), {"torch", "transformers"}),
-    "report": (set(), {"torch", "rich", "jinja2", "matplotlib"}),
+    "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
     "recipe": (set(), {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
@@ -39,7 +39,7 @@ MAY_IMPORT = {
         {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
         {"torch", "transformers"},
     ),
-    "restore": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope", "progress"}, {"torch"}),
+    "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress"}, {"torch"}),
     # Makes everything it needs, as a user would: all that is public.
     "demo": (
         {"__init__", "checkpoint", "ops", "curvature", "methods", "evaluate", "report", "restore", "training"},

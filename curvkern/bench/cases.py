@@ -15,6 +15,7 @@ CASES: dict[str, list[Case]] = {
     "perturb": weights.perturb(),
     "mix": weights.mix(),
     "rollback": weights.rollback(),
+    "change": weights.change(),
     "select": weights.select(),
     "subspace": statistics.subspace(),
     "vectors": weights.vectors(),

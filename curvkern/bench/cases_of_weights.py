@@ -151,6 +151,24 @@ def select() -> list[Case]:
     ]
 
 
+def change() -> list[Case]:
+    """Ends of a block (256) and of a chunk (16384); a layer's weights."""
+
+    def case(shape: tuple[int, ...], dtype: torch.dtype, size: Size, layer: str = "") -> Case:
+        def make(device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            aligned, moved = (random(*shape, device=device, seed=seed) for seed in (1, 2))
+            tuned = aligned + 0.1 * moved
+            restored = torch.where(moved > 0.5, aligned, tuned)
+            return (aligned.to(dtype), tuned.to(dtype), restored.to(dtype)), {}
+
+        moved = 3 * torch.Size(shape).numel() * dtype.itemsize
+        return Case("change", "change", text(shape, layer), dtype, size, make, bytes=moved)
+
+    edges = [(0,), (1,), (255,), (257,), (16385,), (33, 65)]
+    cases = [case(shape, dtype, "edge") for shape in edges for dtype in FLOATS]
+    return cases + [case(LAYERS[layer], dtype, size, layer) for layer, size in MEASURED for dtype in WIDE_AND_HALF]
+
+
 def vectors() -> list[Case]:
     """Lists with empty tensors, single elements and ends of a block and a chunk; a layer's and a model's parameters."""
 

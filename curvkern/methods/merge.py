@@ -49,13 +49,17 @@ class Merge(Method):
     def edit(self, module: Module, plan: Any) -> Edit:
         """Merge one module; with ``linear`` an adapter's B is scaled by 1 - w."""
         weight = self._merged(module)
+        selected = "all" if self.weight > 0 else 0
         if module.factors is None or not self.edits_adapter():
-            return Edit(weight)
+            return Edit(weight, selected=selected)
         b, a, _ = module.factors
-        return Edit(weight, factors=((b.float() * (1 - self.weight)).to(b.dtype), a))
+        return Edit(weight, factors=((b.float() * (1 - self.weight)).to(b.dtype), a), selected=selected)
 
     def _merged(self, module: Module) -> Tensor:
-        aligned, tuned = module.aligned.float(), module.tuned.float()
+        """In the models' dtype, if it is the same: the ops are float32 inside and round once."""
+        aligned, tuned = module.aligned, module.tuned
+        if aligned.dtype != tuned.dtype:
+            aligned, tuned = aligned.float(), tuned.float()
         if self.kind == "linear":
             return blend_(tuned.clone(), aligned, self.weight)
         if self.kind == "slerp":
@@ -65,4 +69,4 @@ class Merge(Method):
         if self.kind == "dare":
             seed = module.own_seed(self.seed)
             return dare(aligned, tuned, 1 - self.density, seed, self.rescale, weight=1 - self.weight)
-        return model_stock(given(self, module.base, "base").float(), [aligned, tuned])
+        return model_stock(given(self, module.base, "base").to(aligned.dtype), [aligned, tuned])

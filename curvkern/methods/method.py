@@ -77,13 +77,13 @@ class Edit:
         weight: the restored weight, in float32 where it was computed and in the checkpoint's dtype where it was copied;
             None leaves the module as it was tuned.
         factors: (B, A) in place of the adapter's, if the method can keep an adapter one.
-        selected: how many weights the method meant to change, where it knows.
+        selected: how many weights the method meant to change, where it knows; ``"all"``: those that fine-tuning did.
         notes: figures for the report, ``{"cosine": 0.31}``.
     """
 
     weight: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
-    selected: int | None = None
+    selected: int | Literal["all"] | None = None
     notes: dict[str, float] = field(default_factory=dict[str, float])
 
 

@@ -1,6 +1,7 @@
 """The ops: fused kernels on weights, activations and gradients, each with a plain torch definition beside it."""
 
 from curvkern.ops.alignment_scores import AlignmentScores, alignment_scores, alignment_scores_ref
+from curvkern.ops.change import Change, change, change_ref
 from curvkern.ops.delta import delta_floor
 from curvkern.ops.fisher import (
     fisher_blocks_,
@@ -80,6 +81,7 @@ from curvkern.ops.vectors import (
 __all__ = [
     "AlignmentScores",
     "BallUndo",
+    "Change",
     "FactorReport",
     "Selector",
     "Threshold",
@@ -98,6 +100,8 @@ __all__ = [
     "blend_ref",
     "block_select",
     "block_select_ref",
+    "change",
+    "change_ref",
     "column_sumsq_",
     "column_sumsq_ref",
     "dare",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import time
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from curvkern.ops import Change
 
 
 @dataclass(frozen=True)
@@ -109,58 +111,38 @@ class Report:
         return {**asdict(self), "totals": totals}
 
 
-def measure_change(
-    name: str,
-    layer: int,
-    kind: str,
-    aligned: Tensor,
-    tuned: Tensor,
-    restored: Tensor,
-    *,
-    wanted: int,
-    notes: dict[str, float],
+def record_change(
+    name: str, layer: int, kind: str, weights: int, found: Change, *, wanted: int, notes: dict[str, float]
 ) -> ModuleChange:
-    """Compare a restored module with what it was made from.
+    """What is to be said of a restored module.
 
     Args:
         name: of the weight.
         layer: decoder layer.
         kind: of the module.
-        aligned: W_a.
-        tuned: W_t.
-        restored: W as stored, in the checkpoint's dtype.
+        weights: how many.
+        found: its comparison with what it was made from.
         wanted: weights the method meant to change.
         notes: the method's figures.
     """
-    changed = nonfinite = 0
-    sums = torch.zeros(4, dtype=torch.float64)
-    parts = (t.reshape(-1).split(_CHUNK) for t in (aligned, tuned, restored))
-    for a, t, r in zip(*parts, strict=True):  # bounded memory: a module can be a gigabyte
-        changed += int(((r != t) & ~(r.isnan() & t.isnan())).sum())
-        nonfinite += int((~r.isfinite()).sum())
-        before, after = (torch.nan_to_num(x.double() - a.double(), 0.0, 0.0, 0.0) for x in (t, r))
-        step = after - before
-        for i, (x, y) in enumerate(((before, before), (after, after), (step, step), (before, after))):
-            sums[i] += torch.dot(x, y).cpu()
-    tuned_norm, restored_norm, step_norm = (float(total.sqrt()) for total in sums[:3])
+    tuned_norm, restored_norm, step_norm = (
+        math.sqrt(square) for square in (found.tuned_square, found.restored_square, found.step_square)
+    )
     product = tuned_norm * restored_norm
     return ModuleChange(
         name=name,
         layer=layer,
         kind=kind,
-        weights=tuned.numel(),
-        changed=changed,
-        undone_by_rounding=max(0, wanted - changed),
+        weights=weights,
+        changed=found.changed,
+        undone_by_rounding=max(0, wanted - found.changed),
         tuned_norm=tuned_norm,
         restored_norm=restored_norm,
         step_norm=step_norm,
-        cosine=float(sums[3]) / product if product > 0 else float(changed == 0),
-        nonfinite=nonfinite,
+        cosine=found.product / product if product > 0 else float(found.changed == 0),
+        nonfinite=found.nonfinite,
         notes=notes,
     )
-
-
-_CHUNK = 1 << 20  # elements compared at a time
 
 
 class Stages:
