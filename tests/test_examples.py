@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-EXPECTED = {"select_and_rollback": "rolled back 5243 of 524288 weights"}
+EXPECTED = {"asft": "outside the alignment subspace", "select_and_rollback": "rolled back 5243 of 524288 weights"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

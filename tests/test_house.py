@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "layerwise": ({"checkpoint"}, {"torch", "transformers"}),
     "curvature": ({"backend", "ops", "layerwise"}, {"torch", "transformers", "safetensors"}),
     "methods": ({"ops", "curvature", "checkpoint"}, {"torch", "pydantic"}),
-    "training": ({"ops"}, {"torch"}),
+    "training": ({"backend", "ops"}, {"torch", "transformers"}),
     "evaluate": (set(), {"torch", "transformers"}),
     "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
