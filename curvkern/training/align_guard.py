@@ -130,10 +130,9 @@ class AlignGuardLoRA:
                 raise ValueError(f"AlignGuardLoRA: the adapters of {name} are trained already; orient fresh ones.")
             root = self._fisher[name].to(pair.a_a.device, torch.float32).sqrt().mT
             along = subspace_basis(root, torch.zeros_like(root), min(len(pair.a_a), *root.shape)).mT
-            kept = pair.a_t.float() - pair.a_t.float() @ along.mT @ along
-            size = pair.a_a.norm() / along.norm().clamp_min(TINY)
-            pair.a_a.zero_()[: len(along)].copy_(size * along)
-            pair.a_t.copy_(kept)
+            along = along[along.any(1)]  # the Fisher may be of a lower rank; a row of zeros would never learn
+            pair.a_a[: len(along)] = pair.a_a.norm() / len(pair.a_a) ** 0.5 * along
+            pair.a_t.sub_(pair.a_t.float() @ along.mT @ along)
 
     def penalty(self, model: nn.Module, *, accumulation: int = 1) -> Tensor:
         """The penalty of a model as it is now; add it to the loss.
