@@ -88,9 +88,9 @@ def derta_loss(
     samples = len(labels) if num_samples is None else num_samples
     check.at_least("derta_loss", "num_samples", samples, 1)
     targets = pad(labels[:, 1:], (0, 1), value=UNLABELLED)
-    share = 1 / (targets != UNLABELLED).sum(1, keepdim=True).clamp(min=1)
-    share = share.to(torch.promote_types(logits.dtype, torch.float32)).expand(targets.shape)
-    return weighted_cross_entropy(logits, targets, share / samples, reduction="sum", backend=backend)
+    counts = (targets != UNLABELLED).sum(1, keepdim=True).clamp(min=1)
+    share = 1 / (samples * counts.to(torch.promote_types(logits.dtype, torch.float32)))
+    return weighted_cross_entropy(logits, targets, share.expand(targets.shape), reduction="sum", backend=backend)
 
 
 def _around(tokenizer: Any, prompt: str) -> tuple[list[int], list[int]]:
