@@ -186,6 +186,16 @@ def test_bf16_and_autocast_give_the_float32_penalty_of_the_same_weights():
     assert all(grad.dtype == torch.bfloat16 for grad in gradients(model, got).values())
 
 
+@pytest.mark.parametrize("projector", ["gram", "basis"])
+def test_a_step_makes_no_matrix_as_large_as_the_weight(projector):
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(1024, 1024)), peft.LoraConfig(r=8, target_modules=["0"]))
+    guard = AsFT.from_peft(model, {"0.weight": torch.randn(1024, 1024)}, projector=projector)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        guard.penalty(model).backward()
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 4 * 1024**2 / 4
+
+
 def test_a_compiled_model_has_the_same_penalty():
     model, base = lora()
     guard = AsFT.from_peft(model, base)
