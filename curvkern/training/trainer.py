@@ -1,0 +1,128 @@
+"""Guards as callbacks of transformers.Trainer, with their state in its checkpoints. Transformers is not imported."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback as _Events
+else:
+
+    class _Events:
+        """A callback is what answers to the names of events: so nobody waits five seconds for transformers."""
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith("on_"):
+                return _nothing
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What becomes of an event that a guard does not look at."""
+
+
+#: Options of TrainingArguments with which weights or gradients are not whole where a callback sees them.
+SHARDS = {"fsdp": "it keeps weights in shards", "deepspeed": "it keeps weights and gradients to itself"}
+#: The option with which a callback's own gradients would need the loss scale.
+SCALES = {"fp16": "it scales the loss, and a callback's gradients have no part in that; train in bf16"}
+
+
+class Guard(_Events, ABC):
+    """A callback that writes its state into every checkpoint of the Trainer, and reads it when training resumes.
+
+    Attributes:
+        file: its name in the checkpoint's folder.
+        breaks: option of `TrainingArguments` -> why the guard cannot work with it.
+        resume_from: folder of the checkpoint that training resumes from, where it is not in ``output_dir``; False to
+            begin anew on resuming.
+    """
+
+    file: ClassVar[str]
+    breaks: ClassVar[dict[str, str]] = SHARDS
+    resume_from: str | os.PathLike[str] | bool | None = None
+
+    @abstractmethod
+    def attach(self, model: nn.Module) -> object:
+        """Get hold of the model, before training."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed training needs: tensors, numbers, text, and dictionaries and lists of them."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a `state_dict`."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attaches to the model; loads the state where training resumes.
+
+        Raises:
+            ValueError: an option of the Trainer breaks the guard (says which), or the state is another step's.
+            FileNotFoundError: training resumes, but the checkpoint has no state of the guard.
+        """
+        who = type(self).__name__
+        for option, why in self.breaks.items():
+            if getattr(args, option, None):
+                raise ValueError(f"{who}: does not work with the Trainer's {option}={getattr(args, option)!r}: {why}.")
+        if getattr(state, "is_hyper_param_search", False):
+            raise ValueError(f"{who}: does not work in a hyper-parameter search: all trials would share its state.")
+        self.attach(kwargs["model"])
+        if state.global_step and self.resume_from is not False:
+            self._resume(args, state.global_step)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Writes the state beside the model."""
+        if state.is_world_process_zero:
+            saved = {"global_step": state.global_step, "state": self.state_dict()}
+            torch.save(saved, _checkpoint(args, state.global_step) / self.file)
+
+    def _resume(self, args: Any, step: int) -> None:
+        who = type(self).__name__
+        places = [self.resume_from, args.resume_from_checkpoint, _checkpoint(args, step)]
+        files = [Path(place) / self.file for place in places if isinstance(place, (str, os.PathLike))]
+        found = next((file for file in files if file.is_file()), None)
+        if found is None:
+            looked = ", ".join(map(str, files))
+            raise FileNotFoundError(
+                f"{who}: training resumes at step {step}, but there is no {looked}. Set the guard's resume_from to the "
+                "folder of the checkpoint, or to False to begin anew."
+            )
+        saved = torch.load(found, map_location="cpu", weights_only=True)
+        if saved["global_step"] != step:
+            raise ValueError(f"{who}: {found} is of step {saved['global_step']}, but training resumes at step {step}.")
+        self.load_state_dict(saved["state"])
+
+
+def _checkpoint(args: Any, step: int) -> Path:
+    """Where the Trainer puts the checkpoint of a step."""
+    return Path(args.output_dir) / f"checkpoint-{step}"
+
+
+def trained(who: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter that is trained; shared ones once; without the prefixes of wrappers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {plain(name): p for name, p in model.named_parameters() if p.requires_grad}
+    if not found:
+        raise ValueError(f"{who}: no parameter of the model requires a gradient, so there is nothing to guard.")
+    return found
+
+
+def plain(name: str) -> str:
+    """A parameter's name in the model inside torch.compile and DistributedDataParallel."""
+    while name.startswith(("module.", "_orig_mod.")):
+        name = name.partition(".")[2]
+    return name
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, which expects every forward pass to end in its own backward pass."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
