@@ -44,8 +44,8 @@ class Product:
 
     def value(self, a: Tensor, b: Tensor) -> Tensor:
         """BA, of the factors or copies of them."""
-        wide = wide(a)
-        return b.to(wide) @ a.to(wide)
+        dtype = wide(a)
+        return b.to(dtype) @ a.to(dtype)
 
     def put(self, average: Tensor) -> None:
         """The pair of its rank whose product is nearest (Eckart and Young), both factors alike in norm."""

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from curvkern.backend import check
@@ -34,7 +34,7 @@ class ProximalStep(Guard):
     Args:
         rho: how strongly; above the loss's smoothness the phases converge, say the authors.
         phases: steps on alignment data, and on the task's.
-        free: share of all steps, the first ones, in which nothing is added; the callback alone knows how many there are.
+        free: share of all steps, the first ones, in which the callback adds nothing.
 
     Attributes:
         step: how many steps have begun.

@@ -3,7 +3,7 @@ r"""SafetyProbe: vectors in the hidden states that make a harmful step look bad 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,8 +47,8 @@ class SafetyProbe:
 
     Args:
         model: its parameters that require a gradient are theta; not wrapped.
-        modules: patterns of full names of linear layers. The vectors are no parameters of the model: no checkpoint of it
-            holds them, and a bias of a module stays.
+        modules: patterns of full names of linear layers. The vectors are no parameters of the model: its checkpoints do
+            not hold them, and a bias of a module stays.
         rate: r.
         lr: of v.
 
@@ -114,7 +114,7 @@ class SafetyProbe:
         self._optimiser.zero_grad()
 
     @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> Generator[None]:
         """Inside, the model is without the vectors."""
         before, self._on = self._on, False
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -91,7 +91,7 @@ class Vaccine:
         return {name: gradient * scale if scale else torch.zeros_like(gradient) for name, gradient in pairs}
 
     @contextmanager
-    def _hooked(self, edit: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+    def _hooked(self, edit: Callable[[str, Tensor], Tensor]) -> Generator[None]:
         """Inside, ``edit`` gives what the modules' (first) outputs become."""
 
         def hook(name: str) -> Callable[..., Any]:

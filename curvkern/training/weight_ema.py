@@ -3,7 +3,7 @@ r"""WeightEMA: the average of the weights that training went through, which forg
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, get_args
 
@@ -118,7 +118,7 @@ class WeightEMA(Guard):
             self._kept = 1.0
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> Generator[None]:
         """Inside, the model's weights are the average; after, they are what they were, to the bit.
 
         Needs a copy of the parameters meanwhile.
