@@ -49,7 +49,7 @@ def test_gradient_checkpointing_and_micro_batches_change_nothing():
             model.gradient_checkpointing_enable()
         vaccine = Vaccine(model)
         for half in halves:
-            vaccine.backward(lambda half=half: model(**half).loss / 2)
+            vaccine.backward(lambda model=model, half=half: model(**half).loss / 2)
         found.append([p.grad for p in model.parameters()])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
@@ -62,8 +62,6 @@ def test_a_gradient_that_is_not_finite_means_no_perturbation():
     with pytest.warns(RuntimeWarning, match=r"not finite; no perturbation \(1 times so far\)"):
         vaccine.backward(lambda: model(x))
     assert vaccine.skipped == 1
-    plain = model(x)
-    assert plain.isnan()
 
 
 def test_wrong_arguments():

@@ -149,7 +149,7 @@ def test_product_of_lora_is_averaged_as_such():
     of_factors = averages[f"{name}.lora_B.default.weight"] @ averages[f"{name}.lora_A.default.weight"]
     b, a = (exact_average(factor, 0.5) for factor in zip(*path, strict=True))
     torch.testing.assert_close(of_factors.double(), b @ a, rtol=1e-5, atol=1e-6)
-    assert (b @ a - expected).norm() > 0.1 * expected.norm()
+    assert (b @ a - expected).norm() > 0.01 * expected.norm()
     live = finetuning.values(model)
     with product.swapped():
         b, a = layer.lora_B["default"].weight.detach(), layer.lora_A["default"].weight.detach()
