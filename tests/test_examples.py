@@ -6,7 +6,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
-EXPECTED = {"asft": "outside the alignment subspace", "select_and_rollback": "rolled back 5243 of 524288 weights"}
+EXPECTED = {
+    "asft": "outside the alignment subspace",
+    "gradient_surgery": "20 steps, ",
+    "select_and_rollback": "rolled back 5243 of 524288 weights",
+    "weight_ema": "the model is the average of its 40 steps",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)

@@ -51,9 +51,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> Frozen:
     found = matching("freeze", "parameter", model.named_parameters(), patterns)
     frozen = {name: p for name, p in found.items() if p.requires_grad}
     if not frozen:
-        raise ValueError(
-            f"freeze: all {len(found)} parameters that match are frozen already, {next(iter(found))} first."
-        )
+        one = next(iter(found))
+        raise ValueError(f"freeze: all {len(found)} parameters that match are frozen already, {one} for one.")
     if all(any(p is f for f in frozen.values()) for p in model.parameters() if p.requires_grad):
         raise ValueError("freeze: the patterns match everything that is trained; nothing would be left to train.")
     for parameter in frozen.values():
