@@ -33,6 +33,12 @@ def _parameters(assignments: list[str]) -> dict[str, Any]:
     return parameters
 
 
+def _lists(assignments: list[str]) -> dict[str, list[Any]]:
+    """``key=v1,v2`` pairs; the values are read as a YAML list. A key alone has none."""
+    pairs = (assignment.partition("=") for assignment in assignments)
+    return _parameters([f"{key}=[{values}]" for key, _, values in pairs])
+
+
 def _sides(block: str) -> tuple[int, int] | str:
     """``128x64`` as numbers."""
     rows, _, cols = block.partition("x")
@@ -78,6 +84,36 @@ def restore(
     report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
     if not quiet:
         print_report(report)
+
+
+@app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    out: Annotated[Path, typer.Option(help="Directory for sweep.json, sweep.html and statistics.")],
+    harmful_eval: Annotated[Path, typer.Option(help="Held-out JSON Lines of harmful prompts.")],
+    benign_eval: Annotated[Path, typer.Option(help="Held-out JSON Lines of harmless prompts.")],
+    task_eval: Annotated[Path, typer.Option(help="Held-out JSON Lines of the task, with responses.")],
+    vary: Annotated[list[str] | None, typer.Option(help="parameter=value,value,...; repeated: combinations.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer is cut after these.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.")] = 32,
+) -> None:
+    """Try values of a method's parameters, measure each restored model, recommend one."""
+    from curvkern.recipe import read_recipe
+    from curvkern.sweep import sweep as run
+
+    run(
+        read_recipe(recipe, {"out": out, "parameters": _parameters(set_ or [])}), vary=_lists(vary or []),
+        harmful=harmful_eval, benign=benign_eval, task=task_eval, max_new_tokens=max_new_tokens, batch_size=batch_size,
+    )  # fmt: skip
+
+
+@app.command()
+def recipe(method: Annotated[str, typer.Argument(help="Restoration method.")]) -> None:
+    """Print a recipe of a method with all of its parameters, to fill in."""
+    from curvkern.recipe_text import recipe_text
+
+    typer.echo(recipe_text(method), nl=False)
 
 
 @app.command()

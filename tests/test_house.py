@@ -40,6 +40,8 @@ MAY_IMPORT = {
         {"torch", "transformers"},
     ),
     "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress"}, {"torch"}),
+    "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
+    "recipe_text": ({"methods", "recipe", "evidence"}, {"pydantic", "yaml"}),
     # Makes everything it needs, as a user would: all that is public.
     "demo": (
         {"__init__", "checkpoint", "ops", "curvature", "methods", "evaluate", "report", "restore", "training"},
@@ -53,7 +55,8 @@ MAY_IMPORT = {
     # Says where _C lies, without importing it.
     "env": ({"__init__", "backend", "ops", "_C"}, {"torch"}),
     "cli": (
-        {"__init__", "restore", "recipe", "report", "demo", "env", "bench", "checkpoint", "curvature", "measure"},
+        {"__init__", "restore", "recipe", "recipe_text", "report", "sweep", "demo", "env", "bench"}
+        | {"checkpoint", "curvature", "measure"},
         {"typer", "yaml", "torch"},
     ),
 }

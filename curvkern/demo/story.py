@@ -1,4 +1,4 @@
-"""The whole story: a model is aligned, spoiled by fine-tuning, and restored by every method."""
+"""The whole story: a model is aligned, spoiled by fine-tuning, and restored by one method after the other."""
 
 from __future__ import annotations
 
@@ -38,10 +38,11 @@ class Line:
 
 
 def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Line]:
-    """Make the models, restore them by every method, print and write the comparison.
+    """Make the models, restore them by one method after the other, print and write the comparison.
 
     Args:
-        out: directory for models, restorations, ``results.json`` and ``index.html``; models already there are reused.
+        out: directory for models, statistics, restorations, ``results.json`` and ``index.html``; models and statistics
+            already there are reused.
         seed: of data, weights and training.
         console: where to print.
 
@@ -90,7 +91,7 @@ def _quiet() -> Generator[None]:
 def _restorations(
     name: str, tuned: Path, kind: str, models: DemoModels, out: Path, tell: Callable[[str], None]
 ) -> list[Line]:
-    """One tuned model, then what every method makes of it, each through the restore that users call."""
+    """One tuned model, then what each method makes of it, all through the restore that users call."""
     from curvkern.demo import ROLLBACK
     from curvkern.restore import restore
 
@@ -105,6 +106,11 @@ def _restorations(
 
     rollback = add("gradient_rollback", "gradient_rollback", harmful=models.harmful, task=models.task, **ROLLBACK)
     add("random, same size", "random", fraction=rollback.changed / rollback.weights)
+    # Refusals of harmful prompts are the safe responses; statistics of a model on data are estimated once.
+    measured = {"safety": models.harmful, "task": models.task, "statistics": out / "statistics"}
+    add("budgeted", "budgeted", **measured)
+    add("rewind", "rewind", **measured)
+    add("lox", "lox", base=models.base, rank=16)
     add("merge 0.5", "merge", weight=0.5)
     add("safe_lora gram", "safe_lora", base=models.base)
     add("safe_lora basis", "safe_lora", base=models.base, projector="basis", rank=16)
