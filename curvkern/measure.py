@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ def measure(
 ) -> Statistics:
     """Estimate statistics of a model and save them; Ctrl-C saves what is complete.
 
+    Of the processes that torchrun starts each runs its share of the data, and rank 0 writes; Ctrl-C ends them unsaved.
+
     Args:
         model: Hugging Face directory with a tokenizer, or a LoRA adapter directory.
         data: JSON Lines, each row with a response: loss is on responses alone.
@@ -36,7 +38,7 @@ def measure(
         quantity: see `curvature.estimate`.
         html: page to write, with plots.
         against: statistics of other data, whose overlap with these the page shows.
-        device: where the model runs.
+        device: where the model runs; with several ranks ``"cuda"`` is a GPU for each.
         overwrite: replace what is at ``out``.
         resume: add the rows that the interrupted run at ``out`` left.
         progress: show a bar with the time left.
@@ -50,6 +52,7 @@ def measure(
         FileExistsError: there is something at ``out``.
     """
     from curvkern.curvature import Statistics, estimate, from_answer, memory_needed
+    from curvkern.curvature.ranks import Ranks, joined
     from curvkern.evaluate import load, read_jsonl
 
     path = Path(out).expanduser()
@@ -63,15 +66,20 @@ def measure(
     _require_responses(rows, data)
     earlier = Statistics.load(path) if resume and path.exists() else None
     other = None if against is None else Statistics.load(against)
-    network, tokenizer = load(model)
-    network.to(device)  # pyright: ignore[reportArgumentType]
-    texts = [from_answer(tokenizer, row.asked(), row.response or "") for row in rows]
-    if progress:
-        _print_memory(memory_needed(network, texts, quantity=quantity, **_of_memory(choices)))
-    with _patient() as interrupted, _bar(len(texts), progress) as tell:
-        found = estimate(
-            network, texts, quantity=quantity, tell=tell, stop=lambda: bool(interrupted), resume=earlier, **choices
-        )
+    with joined():
+        ranks = Ranks()
+        network, tokenizer = load(model)
+        network.to(ranks.device(device))  # pyright: ignore[reportArgumentType]
+        texts = [from_answer(tokenizer, row.asked(), row.response or "") for row in rows]
+        shown = progress and ranks.rank == 0
+        if shown:
+            _print_memory(memory_needed(network, texts, quantity=quantity, **_of_memory(choices)))
+        patient = _patient() if ranks.count == 1 else nullcontext()
+        with patient as interrupted, _bar(len(texts), shown) as tell:
+            stop = None if interrupted is None else lambda: bool(interrupted)
+            found = estimate(network, texts, quantity=quantity, tell=tell, stop=stop, resume=earlier, **choices)
+    if ranks.rank > 0:
+        return found
     found.save(path)
     if page is not None:
         from curvkern.report import render_statistics

@@ -17,6 +17,7 @@ from curvkern.curvature.by_layer import ByLayer, fits
 from curvkern.curvature.capture import KINDS, Kind
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.losses import Loss
+from curvkern.curvature.ranks import Ranks, joined
 from curvkern.curvature.resident import Job, Resident
 from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics
 from curvkern.curvature.sums import QUANTITIES, Block, RotatedSums, Sums
@@ -51,10 +52,13 @@ def estimate(
     spill: str | Path | None = None,
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] | None = None,
     resume: Statistics | None = None,
 ) -> Statistics:
     r"""Sum statistics of the loss's per-sample weight gradients over data.
+
+    Where torch.distributed is initialised, or torchrun started this process, all ranks call this with the same
+    arguments; each runs its share of the batches, and all return the statistics of all data.
 
     The loss of a sample is the cross-entropy of its labelled tokens, their mean (``"response_mean"``) or sum
     (``"token_sum"``; and ``"token_mean"``, which `Statistics.mean` divides by the mean number of targets); samples are
@@ -105,9 +109,9 @@ def estimate(
         device: where the model of a directory runs.
         spill: a directory for hidden states between layers, for ``layerwise``; None: they stay in memory.
         non_finite: what becomes of a batch whose loss is not finite.
-        tell: called with (samples done, samples in all).
+        tell: called with (samples done, samples in all); of several ranks the first tells, as far as its share is done.
         stop: asked after each batch; if true, the statistics are those of the samples so far. Of quantities that take
-            several sweeps over the data, what is complete is kept, and a warning names the rest.
+            several sweeps over the data, what is complete is kept, and a warning names the rest. One process alone.
         resume: statistics of the first rows of ``data``, from a run that was stopped; the rest is added.
 
     Returns:
@@ -115,7 +119,7 @@ def estimate(
 
     Raises:
         CurvatureError: data without loss (names rows), patterns that match nothing (says what there is), a loss that is
-            not finite (names rows), arguments that do not fit.
+            not finite (names rows), arguments that do not fit, ranks that were given different ones.
 
     Source: Kunstner et al. 2019 (1905.12558) on the kinds of Fisher; Martens and Grosse 2015 (1503.05671), K-FAC;
     George et al. 2018 (1806.03884), EK-FAC; Bekas et al. 2007, Hutchinson's diagonal; Liu et al. 2023 (2305.14342),
@@ -137,34 +141,51 @@ def estimate(
         seed=seed,
     )
     begin = _already(resume, choices, wanted, texts)
-    job = Job(
-        texts, begin, batch_tokens, draws, fisher_type, loss, seed, non_finite == "skip", include, exclude, kinds, tell,
-        stop, sweeps=bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted),
-    )  # fmt: skip
-    with _running(model, job, layerwise, device, spill) as run:
-        choices = replace(choices, dtype=str(run.dtype).removeprefix("torch."))
-        if resume is not None and not isinstance(run, ByLayer):
+    with joined():
+        ranks = Ranks()
+        if ranks.count > 1 and stop is not None:
+            raise CurvatureError(f"estimate: stop is for one process; here are {ranks.count} ranks, leave it out")
+        asked = {"data": data_fingerprint(texts), "begin": begin, "batch_tokens": batch_tokens, "quantity": wanted}
+        ranks.require_same(**asked, choices=choices, non_finite=non_finite)
+        start, end = ranks.share(texts, begin, batch_tokens)
+        job = Job(
+            texts[:end], start, batch_tokens, draws, fisher_type, loss, seed, non_finite == "skip", include, exclude,
+            kinds, _telling(tell, ranks, len(texts)), stop or (lambda: False),
+            sweeps=bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted),
+        )  # fmt: skip
+        rows = range(start - begin, end - begin)
+        with _running(model, job, layerwise, device, spill) as run:
+            choices = replace(choices, dtype=str(run.dtype).removeprefix("torch."))
+            if resume is not None and not isinstance(run, ByLayer):
+                choices = replace(choices, model=run.fingerprint())
+                _require_same(resume.choices, choices, ("model", "dtype"))
+            if begin == len(texts):
+                raise CurvatureError(f"estimate: nothing to resume: all {begin} rows are done")
+            found: dict[str, dict[str, Tensor]] = {}
+            counts = Counts()
+            if gathered:
+                sums = Sums(gathered, sample, block, len(rows))
+                with ranks.together():
+                    counts = run.gather(sums)
+                mine = {q: _first(counts.rows, of) if q in ROWS else of for q, of in sums.found.items()}
+                counts, found = ranks.counted(counts), ranks.summed(mine, rows, run.model.device)
+            if "ekfac" in wanted and not run.stopped:
+                rotated = RotatedSums(found, sample)
+                ranks.from_first(rotated.found)
+                with ranks.together():
+                    run.gather(rotated)
+                if not run.stopped:
+                    squares = ranks.summed({"ekfac": rotated.found["ekfac"]}, rows, run.model.device)
+                    found |= rotated.found | squares
+            if "hessian_diag" in wanted and not run.stopped:
+                with ranks.together():
+                    swept, products = run.products(probes, hvp)
+                if not (run.stopped and gathered):  # what is begun is of fewer rows than the rest
+                    counts = ranks.counted(swept)
+                    found |= ranks.summed(products.found, rows, run.model.device)
             choices = replace(choices, model=run.fingerprint())
-            _require_same(resume.choices, choices, ("model", "dtype"))
-        if begin == len(texts):
-            raise CurvatureError(f"estimate: nothing to resume: all {begin} rows are done")
-        found: dict[str, dict[str, Tensor]] = {}
-        counts = Counts()
-        if gathered:
-            sums = Sums(gathered, sample, block, len(texts) - begin)
-            counts = run.gather(sums)
-            found |= {q: _first(counts.rows, of) if q in ROWS else of for q, of in sums.found.items()}
-        if "ekfac" in wanted and not run.stopped:
-            rotated = RotatedSums(found, sample)
-            run.gather(rotated)
-            if not run.stopped:
-                found |= rotated.found
-        if "hessian_diag" in wanted and not run.stopped:
-            swept, products = run.products(probes, hvp)
-            if not (run.stopped and gathered):  # what is begun is of fewer rows than the rest
-                counts, found = swept, found | products.found
-        choices = replace(choices, model=run.fingerprint())
-        parameters = run.parameters()
+            ranks.require_same(model=choices.model, dtype=choices.dtype)
+            parameters = run.parameters()
     for extra in set(found) - _stored(wanted):
         del found[extra]
     if not found:
@@ -181,6 +202,13 @@ def estimate(
         return result
     result = resume + result
     return replace(result, counts=replace(result.counts, data=(data_fingerprint(texts[:end]),)))
+
+
+def _telling(tell: Callable[[int, int], None], ranks: Ranks, total: int) -> Callable[[int, int], None]:
+    """``tell`` of all samples: rank 0 takes the others to be as far as it is with its share, the first samples."""
+    if ranks.rank > 0:
+        return lambda done, end: None
+    return lambda done, end: tell(done * total // end, total)
 
 
 def _stored(wanted: Iterable[str]) -> set[str]:

@@ -120,23 +120,29 @@ def checked(texts: Sequence[Text], max_length: int | None) -> list[Text]:
     return cut
 
 
+def edges(texts: Sequence[Text], tokens: int, start: int = 0) -> list[int]:
+    """Where batches begin, and the end: neighbours from ``start`` on, as `batches` takes them together."""
+    found, width = [start], 0
+    for at, text in enumerate(texts[start:], start):
+        wider = max(width, len(text.ids))
+        if at > found[-1] and wider * (at - found[-1] + 1) > tokens:
+            found.append(at)
+            wider = len(text.ids)
+        width = wider
+    return [*found, len(texts)] if start < len(texts) else found
+
+
 def batches(texts: Sequence[Text], tokens: int, device: torch.device | str, start: int = 0) -> Iterator[Batch]:
     """Neighbours from ``start`` on, as many together as keep the padded batch within ``tokens``; at least one."""
-    while start < len(texts):
-        stop, width = start, 0
-        while stop < len(texts):
-            wider = max(width, len(texts[stop].ids))
-            if stop > start and wider * (stop - start + 1) > tokens:
-                break
-            stop, width = stop + 1, wider
-        part = texts[start:stop]
+    for first, stop in pairwise(edges(texts, tokens, start)):
+        part = texts[first:stop]
+        width = max(len(text.ids) for text in part)
         ids, labels = torch.zeros(len(part), width, dtype=torch.long), torch.full((len(part), width), UNLABELLED)
         mask = torch.zeros(len(part), width, dtype=torch.bool)
         for row, text in enumerate(part):
             n = len(text.ids)
             ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(text.ids), torch.tensor(text.labels), True
-        yield Batch(start, ids.to(device), labels.to(device), mask.to(device))
-        start = stop
+        yield Batch(first, ids.to(device), labels.to(device), mask.to(device))
 
 
 def fingerprint(texts: Sequence[Text]) -> str:
