@@ -53,5 +53,5 @@ def test_wrong_patterns_change_nothing():
         freeze(model, [])
     assert trained(model) == everything
     freeze(model, ["*.layers.0.*"])
-    with pytest.raises(ValueError, match="all 9 parameters that match are frozen already, model.layers.0"):
+    with pytest.raises(ValueError, match="all 9 parameters that match are frozen already"):
         freeze(model, ["*.layers.0.*"])
