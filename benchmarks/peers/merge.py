@@ -1,0 +1,142 @@
+"""Merging checkpoints: `curvkern restore --method merge` beside mergekit and beside reading and writing the bytes.
+
+python benchmarks/peers/merge.py [millions of weights]
+
+Every way is a process of its own, in turn with the others, from start to end: imports, reading, merging, writing.
+curvkern merges the linear modules of the decoder and compares every module with both inputs for its report; mergekit
+merges all tensors. Where both do the same, their results must agree.
+"""
+
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+ROUNDS = 3
+KINDS = {
+    "linear": ("linear", {"weight": 0.5}, {"normalize": False}, {"weight": 0.5}),
+    "slerp": ("slerp", {}, {"t": 0.5}, {"weight": 0.5}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.3}, {}, {"weight": 0.0, "density": 0.3}),
+    "dare": ("dare_linear", {"weight": 1.0, "density": 0.5}, {}, {"weight": 0.0, "density": 0.5, "rescale": "l1"}),
+}
+
+
+def make_models(root, millions):
+    """``aligned`` and ``tuned``, bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden = 2048
+    layers = max(1, round(millions / 50))
+    config = LlamaConfig(
+        vocab_size=16384, hidden_size=hidden, intermediate_size=5632, num_hidden_layers=layers, dtype=torch.bfloat16,
+        num_attention_heads=32, num_key_value_heads=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(root / "aligned")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.005)
+    model.save_pretrained(root / "tuned")
+    return sum(p.numel() for p in model.parameters())
+
+
+def copy(root, kind, out):
+    """Both checkpoints read, one written, on the disk when the clock stops."""
+    from curvkern.bench.passes import _read_and_write
+
+    _read_and_write([root / name / "model.safetensors" for name in ("aligned", "tuned")], out)
+
+
+def curvkern(root, kind, out):
+    """The command, without its bar."""
+    from curvkern.restore import restore
+
+    restore(root / "aligned", root / "tuned", out=out, method="merge", kind=kind, overwrite=True, **KINDS[kind][3])
+
+
+def mergekit(root, kind, out):
+    """mergekit's command."""
+    from mergekit.scripts.run_yaml import main
+
+    method, each, shared, _ = KINDS[kind]
+    models = [{"model": str(root / name), "parameters": each} for name in ("aligned", "tuned")]
+    config = {"merge_method": method, "models": models, "parameters": shared, "dtype": "bfloat16"}
+    if kind != "linear":
+        config["base_model"] = str(root / "aligned")
+        config["models"] = models if kind == "slerp" else models[1:]
+    path = root / "mergekit.yml"
+    path.write_text(json.dumps(config))
+    main([str(path), str(out), "--no-copy-tokenizer"], standalone_mode=False)
+
+
+WAYS = {way.__name__: way for way in (copy, curvkern, mergekit)}
+
+
+def measured(root, way, kind):
+    """Seconds and peak bytes of a process, or why it failed."""
+    out = root / f"out-{way}"
+    shutil.rmtree(out, ignore_errors=True)
+    if way == "copy":
+        out.mkdir()
+    command = [sys.executable, __file__, "--run", way, str(root), kind, str(out)]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        return None, done.stderr.strip().splitlines()[-1]
+    return seconds, int(done.stdout.splitlines()[-1])
+
+
+def apart(root):
+    """Largest difference of the linear modules of both results, relative to the largest weight."""
+    ours, theirs = (
+        {n: t for file in (root / f"out-{way}").glob("*.safetensors") for n, t in load_file(file).items()}
+        for way in ("curvkern", "mergekit")
+    )
+    worst = (float((t.float() - theirs[n].float()).abs().max()) for n, t in ours.items() if "_proj." in n)
+    return max(worst) / max(float(t.float().abs().max()) for n, t in ours.items() if "_proj." in n)
+
+
+def main(millions=500):
+    """Print the table."""
+    with tempfile.TemporaryDirectory(prefix="curvkern-merge-") as directory:
+        root = Path(directory)
+        weights = make_models(root, millions)
+        table = Table(title=f"merging two Llamas of {weights / 1e6:.0f} M weights, bfloat16, whole processes")
+        for column in ("merge", "way", "seconds", "x read + write", "peak MiB", "apart"):
+            table.add_column(column)
+        for kind in KINDS:
+            found = {way: [] for way in WAYS}
+            for _ in range(ROUNDS):
+                for way, runs in found.items():
+                    runs.append(measured(root, way, kind))
+            both = all(seconds is not None for way in ("curvkern", "mergekit") for seconds, _ in found[way])
+            bare = statistics.median(seconds for seconds, _ in found["copy"])
+            for way, runs in found.items():
+                if runs[0][0] is None:
+                    table.add_row(kind, way, "n/a", runs[0][1])
+                    continue
+                seconds, peak = (statistics.median(side) for side in zip(*runs, strict=True))
+                agrees = f"{apart(root):.1e}" if both and way == "mergekit" and kind != "dare" else ""
+                table.add_row(kind, way, f"{seconds:.1f}", f"{seconds / bare:.1f}", f"{peak / 2**20:.0f}", agrees)
+        Console().print(table)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        way, root, kind, out = sys.argv[2:]
+        WAYS[way](Path(root), kind, Path(out))
+        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    else:
+        main(*map(int, sys.argv[1:]))
