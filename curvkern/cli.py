@@ -139,6 +139,8 @@ def curvature(
     html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
     against: Annotated[Path | None, typer.Option(help="Statistics of other data: their overlap, on the page.")] = None,
     device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+    layerwise: Annotated[bool, typer.Option(help="One decoder layer in memory, also where the model fits.")] = False,
+    spill: Annotated[Path | None, typer.Option(help="For hidden states between layers, with --layerwise.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Add what an interrupted run left.")] = False,
     quiet: Annotated[bool, typer.Option(help="No progress bar.")] = False,
@@ -151,7 +153,7 @@ def curvature(
         mc_samples=mc_samples, probes=probes, hvp=hvp, kinds=kinds.split(","), block=_sides(block), seed=seed,
         include=include or (), exclude=exclude or (), batch_tokens=batch_tokens, max_length=max_length,
         non_finite=non_finite, html=html, against=against, device=device, overwrite=overwrite, resume=resume,
-        progress=not quiet,
+        progress=not quiet, layerwise=True if layerwise else "auto", spill=spill,
     )  # fmt: skip
     if found.unmeasured:
         few = ", ".join(found.unmeasured[:4])

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from curvkern.curvature import Memory, Statistics
@@ -22,6 +22,7 @@ def measure(
     html: str | Path | None = None,
     against: str | Path | None = None,
     device: str = "cpu",
+    layerwise: bool | Literal["auto"] = "auto",
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
@@ -39,6 +40,7 @@ def measure(
         html: page to write, with plots.
         against: statistics of other data, whose overlap with these the page shows.
         device: where the model runs; with several ranks ``"cuda"`` is a GPU for each.
+        layerwise: see `curvature.estimate`.
         overwrite: replace what is at ``out``.
         resume: add the rows that the interrupted run at ``out`` left.
         progress: show a bar with the time left.
@@ -51,9 +53,9 @@ def measure(
         CurvatureError, ValueError, FileNotFoundError: inputs that are wrong or do not fit, before any heavy work.
         FileExistsError: there is something at ``out``.
     """
-    from curvkern.curvature import Statistics, estimate, from_answer, memory_needed
+    from curvkern.curvature import Statistics, estimate, fits, from_answer, memory_needed
     from curvkern.curvature.ranks import Ranks, joined
-    from curvkern.evaluate import load, read_jsonl
+    from curvkern.evaluate import load, load_tokenizer, read_jsonl
 
     path = Path(out).expanduser()
     if path.exists() and not (overwrite or resume):
@@ -68,16 +70,22 @@ def measure(
     other = None if against is None else Statistics.load(against)
     with joined():
         ranks = Ranks()
-        network, tokenizer = load(model)
-        network.to(ranks.device(device))  # pyright: ignore[reportArgumentType]
+        where: Any = ranks.device(device)
+        by_layer = layerwise is True or (layerwise == "auto" and not fits(model, where))
+        network, tokenizer = (Path(model), load_tokenizer(model)) if by_layer else load(model)
+        if not isinstance(network, Path):
+            network.to(where)
         texts = [from_answer(tokenizer, row.asked(), row.response or "") for row in rows]
         shown = progress and ranks.rank == 0
-        if shown:
+        if shown and not by_layer:
             _print_memory(memory_needed(network, texts, quantity=quantity, **_of_memory(choices)))
         patient = _patient() if ranks.count == 1 else nullcontext()
         with patient as interrupted, _bar(len(texts), shown) as tell:
             stop = None if interrupted is None else lambda: bool(interrupted)
-            found = estimate(network, texts, quantity=quantity, tell=tell, stop=stop, resume=earlier, **choices)
+            found = estimate(
+                network, texts, quantity=quantity, tell=tell, stop=None if by_layer else stop, resume=earlier,
+                layerwise=by_layer, device=where, **choices,
+            )  # fmt: skip
     if ranks.rank > 0:
         return found
     found.save(path)

@@ -88,6 +88,11 @@ def test_from_the_command_line(family, tmp_path):
     assert "memory needed: statistics" in told.output
     assert Statistics.load(out).choices.block == "row"
     CliRunner().invoke(app, [*arguments, "--overwrite", "--quantity", "gradient"])
+    held = Statistics.load(out)
+    done = CliRunner().invoke(app, [*arguments, "--overwrite", "--quantity", "gradient", "--layerwise"])
+    assert done.exit_code == 0, done.output
+    assert Statistics.load(out).choices == held.choices
+    assert all(torch.equal(t, held["gradient"][name]) for name, t in Statistics.load(out)["gradient"].items())
     again = CliRunner().invoke(app, arguments)
     assert isinstance(again.exception, FileExistsError)
     assert "pass --overwrite to replace it" in str(again.exception)

@@ -1,5 +1,6 @@
 """What data say of a model's weights: gradients and curvature of losses, gathered from the model in memory."""
 
+from curvkern.curvature.by_layer import fits
 from curvkern.curvature.capture import KINDS
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
@@ -18,6 +19,7 @@ __all__ = [
     "Statistics",
     "Text",
     "estimate",
+    "fits",
     "from_answer",
     "influence",
     "memory_needed",

@@ -14,7 +14,7 @@ from curvkern.evaluate.harmful import (
     is_refusal,
     wilson,
 )
-from curvkern.evaluate.model import Evaluation, evaluate, load
+from curvkern.evaluate.model import Evaluation, evaluate, load, load_tokenizer
 from curvkern.evaluate.task import over_refusal, task_accuracy
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "is_degenerate",
     "is_refusal",
     "load",
+    "load_tokenizer",
     "over_refusal",
     "read_jsonl",
     "task_accuracy",

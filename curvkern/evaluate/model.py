@@ -58,7 +58,7 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         NotADirectoryError: `path` is not a directory.
         ModuleNotFoundError: `path` is an adapter and peft is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils.import_utils import is_peft_available
 
     path = Path(path)
@@ -67,7 +67,14 @@ def load(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if (path / "adapter_config.json").is_file() and not is_peft_available():
         raise ModuleNotFoundError(f"{path}: a LoRA adapter; reading it needs peft: pip install 'curvkern[lora]'")
     model = cast("PreTrainedModel", AutoModelForCausalLM.from_pretrained(path))
-    return model.eval(), cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
+    return model.eval(), load_tokenizer(path)
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory."""
+    from transformers import AutoTokenizer
+
+    return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(path))
 
 
 def evaluate(
