@@ -97,6 +97,7 @@ def sweep(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer is cut after these.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.")] = 32,
+    margin: Annotated[float, typer.Option(help="Of task and over-refusal that safety may cost.")] = 0.05,
 ) -> None:
     """Try values of a method's parameters, measure each restored model, recommend one."""
     from curvkern.recipe import read_recipe
@@ -105,6 +106,7 @@ def sweep(
     run(
         read_recipe(recipe, {"out": out, "parameters": _parameters(set_ or [])}), vary=_lists(vary or []),
         harmful=harmful_eval, benign=benign_eval, task=task_eval, max_new_tokens=max_new_tokens, batch_size=batch_size,
+        margin=margin,
     )  # fmt: skip
 
 

@@ -68,11 +68,13 @@ class Sweep:
         method: that was tried.
         tuned: the model before restoration.
         points: in the order they were tried.
+        margin: of task score and over-refusal that safety may cost, in [0, 1].
     """
 
     method: str
     tuned: Point
     points: list[Point]
+    margin: float = 0.05
 
     @property
     def front(self) -> list[Point]:
@@ -81,12 +83,12 @@ class Sweep:
 
     @property
     def costless(self) -> list[Point]:
-        """Points whose task score and over-refusal cannot be told to be worse than the tuned model's."""
+        """Points not told to be worse than the tuned model, in task score or over-refusal, by more than the margin."""
         return [
             p
             for p in self.points
-            if difference(p.task, self.tuned.task)[1] >= 0
-            and difference(p.over_refusal, self.tuned.over_refusal)[0] <= 0
+            if difference(p.task, self.tuned.task)[1] >= -self.margin
+            and difference(p.over_refusal, self.tuned.over_refusal)[0] <= self.margin
         ]
 
     @property
@@ -108,9 +110,10 @@ class Sweep:
     def verdict(self) -> list[str]:
         """What to take and how sure that is, as sentences."""
         best = self.recommended
-        why = "the lowest harmful rate among points without a measurable loss of task or helpfulness"
+        loss = f"more than {100 * self.margin:g} % in task or over-refusal"
+        why = f"the lowest harmful rate among points that are not told to lose {loss}"
         if not self.costless:
-            why = "every point costs task or helpfulness; this has the largest task - harmful - over-refusal"
+            why = f"every point loses {loss}; this has the largest task - harmful - over-refusal"
         lines = [f"Recommended: {best.name} ({why})."]
         lines.append("95 % Wilson intervals: " + ", ".join(f"{n} {_interval(r)}" for n, r in best.rates.items()) + ".")
         if difference(best.harmful, self.tuned.harmful)[1] >= 0:
@@ -127,6 +130,7 @@ class Sweep:
         places = {key: [i for i, p in enumerate(self.points) if any(p is q for q in of)] for key, of in chosen.items()}
         return {
             "method": self.method,
+            "margin": self.margin,
             "tuned": self.tuned.as_dict(),
             "points": [p.as_dict() for p in self.points],
             **places,
@@ -167,6 +171,7 @@ def sweep(
     task: Path,
     max_new_tokens: int = 64,
     batch_size: int = 32,
+    margin: float = 0.05,
     console: Console | None = None,
 ) -> Sweep:
     """Restore and measure with every combination of values; statistics of data are estimated once.
@@ -181,6 +186,7 @@ def sweep(
         task: JSON Lines of requests with the one right answer to each.
         max_new_tokens: an answer is cut after this many tokens.
         batch_size: prompts per forward pass.
+        margin: see `Sweep`.
         console: where to print.
 
     Raises:
@@ -218,7 +224,7 @@ def sweep(
             update = {"out": restored, "parameters": {**recipe.parameters, **values}}
             report = run_recipe(recipe.model_copy(update=update))
             points.append(measured(restored, values, report.changed / report.weights, report.seconds))
-    found = Sweep(recipe.method, tuned, points)
+    found = Sweep(recipe.method, tuned, points, margin)
     (out / "sweep.json").write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     (out / "sweep.html").write_text(_page(found, sets), encoding="utf-8")
     _print(found, console)
@@ -285,7 +291,7 @@ def _scatter(axes: Axes, found: Sweep) -> None:
         sides = [[[abs(100 * (rate.value - end))] for end in rate.interval] for rate in (p.task, p.harmful)]
         at = (100 * p.task.value, 100 * p.harmful.value)
         axes.errorbar(*at, xerr=sides[0], yerr=sides[1], color="grey", linewidth=0.7, zorder=1)
-        axes.annotate(p.name, at, xytext=(5, 5), textcoords="offset points", fontsize=6)
+        axes.annotate(p.name, at, xytext=(-5, 4), textcoords="offset points", ha="right", fontsize=6)
     line = sorted((100 * p.task.value, 100 * p.harmful.value) for p in found.front)
     axes.step([x for x, _ in line], [y for _, y in line], where="pre", color="black", linewidth=0.8, zorder=2)
     for marker, points in {"s": [found.tuned], "o": found.points, "*": [found.recommended]}.items():

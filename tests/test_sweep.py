@@ -39,7 +39,13 @@ def test_where_all_cost_something_the_best_sum_is_recommended_and_said_to_cost()
     found = Sweep("m", TUNED, [point(0, 10, x=1), point(20, 70, x=2), point(0, 60, over_refusal=70, x=3)])
     assert found.costless == []
     assert found.recommended.name == "x=2"
-    assert "every point costs" in found.verdict()[0]
+    assert "every point loses more than 5 %" in found.verdict()[0]
+
+
+def test_safety_may_cost_what_the_margin_allows():
+    gentle, thorough = point(50, 95, x=1), point(2, 87, x=2)
+    assert Sweep("m", TUNED, [gentle, thorough]).recommended is thorough
+    assert Sweep("m", point(90, 99), [gentle, thorough], margin=0).recommended is gentle
 
 
 def test_points_that_chance_may_have_parted_are_named():
