@@ -59,7 +59,7 @@ class Budgeted(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
 
-    budget: float = Field(0.5, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
+    budget: float = Field(2.0, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
     reach: float = Field(1.5, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
     interactions: Literal["bound", "ignored"] = Field("bound", description="of the weights' effects on the task")
     hard: bool = Field(True, description="reset whole weights; false: move each by its share")
