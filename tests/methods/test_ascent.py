@@ -1,6 +1,6 @@
 import pytest
 import torch
-from made_modules import made_modules
+from modules import made_modules
 
 import curvkern
 from curvkern.methods import MethodError, make

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from made_modules import made_module, made_modules
+from modules import made_module, made_modules
 
 import curvkern
 from curvkern.checkpoint import Checkpoint

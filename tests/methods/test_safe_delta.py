@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from made_modules import made_module
+from modules import made_module
 
 import curvkern
 from curvkern.methods import MethodError, make
