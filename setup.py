@@ -22,12 +22,7 @@ if sysconfig.get_platform().endswith("x86_64"):
     ISAS["avx2"] = "-mavx2 -mfma"
     ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 # The element rules give the same bits on every backend: no FMA. Sums of products need not.
-FILE_FLAGS = {
-    "fisher": "-ffp-contract=fast",
-    "gram": "-ffp-contract=fast",
-    "loss": "-ffp-contract=fast",
-    "perturb": "-fno-math-errno",
-}
+FILE_FLAGS = dict.fromkeys(["fisher", "gram", "loss"], "-ffp-contract=fast") | {"perturb": "-fno-math-errno"}
 LINK = "-Xlinker -s -Xlinker --exclude-libs=ALL -lpthread" if sys.platform == "linux" else "-undefined dynamic_lookup"
 NINJA = """\
 csrc = {csrc}

@@ -10,14 +10,16 @@ struct Counts {
   int32_t changed, nonfinite, spread, differing;
 };
 
-inline bool is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+// 0 or 1, as int: & between them then branches on nothing.
+inline int32_t is_finite(float x) { return (bits_of(x) & 0x7f800000u) != 0x7f800000u; }
+inline int32_t is_nan(float x) { return x != x; }
 // Neither equal nor both NaN.
-inline bool differs(float x, float y) { return (x != y) & !((x != x) & (y != y)); }
+inline int32_t differs(float x, float y) { return int32_t(x != y) & (1 ^ (is_nan(x) & is_nan(y))); }
 
 inline void count(Counts& c, const SumBlock& a, const SumBlock& t, const SumBlock& r) {
   int32_t changed = 0, nonfinite = 0, spread = 0, differing = 0;
   for (int64_t i = 0; i < kSumBlock; ++i) {
-    const bool bad = !is_finite(r.v[i]);
+    const int32_t bad = 1 ^ is_finite(r.v[i]);
     changed += differs(r.v[i], t.v[i]);
     nonfinite += bad;
     spread += bad & is_finite(a.v[i]) & is_finite(t.v[i]);
