@@ -103,6 +103,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("CUDA_VERSION") = "";
 #endif
 
+  m.def("large_pages", [](uintptr_t data, int64_t bytes) { cpu::large_pages(reinterpret_cast<void*>(data), bytes); });
   CPU(rollback);
   CUDA(rollback);
   CPU(rollback_ties);

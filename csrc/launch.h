@@ -9,7 +9,7 @@
 namespace curvkern {
 
 // Bump with every change to this file: Python ignores a binary with another number.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };
@@ -42,6 +42,11 @@ constexpr Status kUnsupportedDType = -1;
   Status signature;                      \
   }
 #endif
+
+// Asks the system for large pages under [data, data + bytes), which nothing has touched yet. csrc/cpu/parallel.cpp
+namespace cpu {
+void large_pages(void* data, int64_t bytes);
+}
 
 // rollback ---------------------------------------------------------------------------------------------------------
 // weight <- target where mask, gate and score > *tau (score == *tau too, for the first *quota of them, if tie_offsets

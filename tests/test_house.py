@@ -209,7 +209,7 @@ MAY_INCLUDE = {
     "csrc/launch.h": PLAIN,
     "csrc/rules.h": rf'"launch\.h"|{PLAIN}',
     "csrc/common.cuh": rf'"(launch|rules)\.h"|<cuda\w*\.h>|{PLAIN}',
-    "csrc/cpu/parallel.cpp": r'"cpu\.h"|<thread>|<dlfcn\.h>|<pthread\.h>',
+    "csrc/cpu/parallel.cpp": r'"cpu\.h"|<thread>|<dlfcn\.h>|<pthread\.h>|<sys/mman\.h>',
     "csrc/cpu/": rf'"\.\./(launch|rules)\.h"|"\w+\.h"|<immintrin\.h>|<arm_neon\.h>|{PLAIN}',
     "csrc/cuda/": rf'"\.\./common\.cuh"|"\w+\.cuh"|<cuda\w*\.h>|{PLAIN}',
     "csrc/bindings.cpp": rf'"launch\.h"|<pybind11/\w+\.h>|{STANDARD}',

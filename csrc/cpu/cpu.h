@@ -100,6 +100,16 @@ inline void store_block(void* data, const float* x, int64_t offset, int64_t n, c
   });
 }
 
+// Asks for data[from, from + n) of elements `width` bytes wide, some blocks before they are loaded: between a block's
+// loads lie loops without any, too long for the processor to look past. Reading beyond the end is no error here.
+inline void prefetch(const void* data, int64_t from, int64_t n, int64_t width) {
+  if (!data) return;
+  const char* ahead = static_cast<const char*>(data) + from * width;
+  for (int64_t line = 0; line < n * width; line += 64) __builtin_prefetch(ahead + line);
+}
+
+inline int64_t width_of(curvkern::DType dtype) { return dtype == curvkern::DType::kFloat32 ? 4 : 2; }
+
 inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 
 }  // namespace

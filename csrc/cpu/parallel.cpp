@@ -1,9 +1,11 @@
-// The one place with threads: torch's own OpenMP team where there is one, threads of a call's own elsewhere.
+// What is asked of the system, threads and pages: torch's own OpenMP team where there is one, threads of a call's own
+// elsewhere.
 //
 // After an operation of torch its OpenMP threads go on spinning for milliseconds, each on a core: threads beside them
 // would get half of it. The runtime is looked up among the symbols of the process, so that nothing links to it.
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 
 #include <thread>
 
@@ -85,6 +87,15 @@ void parallel_pieces(int64_t n, int64_t grain, int threads, void (*body)(void*, 
   else if (!forked && watching == 0 && team().parallel)
     team().parallel(run_as_member, &work, static_cast<unsigned>(pieces), 0);
   else run_on_own_threads(work);
+}
+
+void large_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 1 << 21;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data), first = (from + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (from + bytes) / kPage * kPage;
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a wish: refusal is no error
+#endif
 }
 
 }  // namespace curvkern::cpu

@@ -82,22 +82,14 @@ inline void judge(Block& b, curvkern::Rule rule, curvkern::Gate gate, int64_t n)
   for (int64_t i = n; i < kBlock; ++i) b.open[i] = 0;
 }
 
-// Asks for the block some way ahead: between a block's loads lie loops without any, too long for the processor to look
-// past. Reading beyond the end is no error here.
-inline void prefetch(const void* data, int64_t begin, int64_t width) {
-  if (!data) return;
-  const char* ahead = static_cast<const char*>(data) + (begin + kAhead) * width;
-  for (int64_t line = 0; line < kBlock * width; line += 64) __builtin_prefetch(ahead + line);
-}
-
 // Fills the block from the n <= kBlock weights from `begin` on, a multiple of 8; masks close more of them.
 inline void prepare(Block& b, const Inputs& in, int64_t begin, int64_t n) {
-  const int64_t width = in.dtype == curvkern::DType::kFloat32 ? 4 : 2;
-  prefetch(in.weight, begin, width);
-  prefetch(in.target, begin, width);
-  prefetch(in.grad, begin, in.grad_dtype == curvkern::DType::kFloat32 ? 4 : 2);
-  prefetch(in.fisher, begin, 4);
-  prefetch(in.direction, begin, width);
+  const int64_t width = width_of(in.dtype), ahead = begin + kAhead;
+  prefetch(in.weight, ahead, kBlock, width);
+  prefetch(in.target, ahead, kBlock, width);
+  prefetch(in.grad, ahead, kBlock, width_of(in.grad_dtype));
+  prefetch(in.fisher, ahead, kBlock, 4);
+  prefetch(in.direction, ahead, kBlock, width);
   if (n == kBlock) load(b, in, begin, 0, kBlock);
   else load(b, in, begin, 0, n);
   judge(b, in.rule, in.gate, n);

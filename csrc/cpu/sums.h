@@ -6,7 +6,7 @@
 
 namespace {
 
-constexpr int64_t kSumBlock = 256, kLanes = 16;
+constexpr int64_t kSumBlock = 256, kLanes = 16, kAhead = 8 * kSumBlock;
 
 struct alignas(64) SumBlock {
   float v[kSumBlock];
@@ -14,7 +14,10 @@ struct alignas(64) SumBlock {
 
 // Loads data[offset..offset + n); zeros behind it.
 inline void load_padded(SumBlock& b, const void* data, int64_t offset, int64_t n, curvkern::DType dtype) {
-  if (n == kSumBlock) return load_block(b.v, data, offset, kSumBlock, dtype);
+  if (n == kSumBlock) {
+    prefetch(data, offset + kAhead, n, width_of(dtype));
+    return load_block(b.v, data, offset, kSumBlock, dtype);
+  }
   load_block(b.v, data, offset, n, dtype);
   for (int64_t i = n; i < kSumBlock; ++i) b.v[i] = 0.0f;
 }

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 2
+ABI = 3
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 RULE_CODES = {"grad": 0, "taylor": 1, "fisher": 2, "delta": 3, "gain": 4}
@@ -83,6 +83,14 @@ def _lower(argument: Any) -> Any:
 def constant(name: str) -> int:
     """A number of csrc/launch.h that Python code needs to size a workspace."""
     return getattr(native, name)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """A new contiguous CPU tensor of that shape and dtype, in large pages: small ones cost a pass of their own."""
+    out = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if native is not None and out.nbytes >= 4 << 20:
+        native.large_pages(out.data_ptr(), out.nbytes)
+    return out
 
 
 def native_op(name: str, device: torch.device, *arguments: Any) -> None:

@@ -237,13 +237,8 @@ def _table(tensors: Sequence[Tensor]) -> Tensor:
     return torch.tensor([number for t in tensors for number in (t.data_ptr(), launch.DTYPE_CODES[t.dtype])])
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """A new tensor of the same shape and dtype, contiguous."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-
-
 def _native_linear(tensors: list[Tensor], weights: Tensor) -> Tensor:
-    out, dense, rows = _like(tensors[0]), [t.contiguous() for t in tensors], weights.shape[1]
+    out, dense, rows = launch.empty_like(tensors[0]), [t.contiguous() for t in tensors], weights.shape[1]
     if out.numel():
         sizes = (len(dense), rows, out.numel() // rows)
         launch.native_op("mix_linear", out.device, out, weights.contiguous(), _table(dense), *sizes, out.dtype)
@@ -274,14 +269,14 @@ def _mirrored(upper: Tensor) -> Tensor:
 def _native_ties(
     base: Tensor, tensors: list[Tensor], limits: Tensor, weights: Tensor, scale: float, normalize: bool
 ) -> Tensor:
-    out, dense, origin = _like(base), [t.contiguous() for t in tensors], base.contiguous()
+    out, dense, origin = launch.empty_like(base), [t.contiguous() for t in tensors], base.contiguous()
     arguments = (out, origin, _table(dense), limits.contiguous(), weights.contiguous(), len(dense), out.numel())
     launch.native_op("mix_ties", out.device, *arguments, scale, normalize, out.dtype)
     return out
 
 
 def _native_dare(base: Tensor, tuned: Tensor, scale: Tensor, drop: int, seed: int) -> Tensor:
-    out, dense = _like(base), (base.contiguous(), tuned.contiguous())
+    out, dense = launch.empty_like(base), (base.contiguous(), tuned.contiguous())
     arguments = (out, *dense, scale, out.numel(), drop, seed, base.dtype, tuned.dtype)
     launch.native_op("mix_dare", out.device, *arguments)
     return out
