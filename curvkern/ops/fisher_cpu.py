@@ -1,4 +1,6 @@
-"""fisher_diag_ and fisher_blocks_ on the CPU: the native kernel, and Grams where they take fewer flops."""
+"""fisher_diag_ and fisher_blocks_ on the CPU: the native kernel, torch's products where samples are few or long, and Grams
+where they take fewer flops.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,12 @@ import torch
 from torch import Tensor
 
 from curvkern.backend import launch
-from curvkern.ops.fisher import block_sums, experts_of, fisher_diag_ref
+from curvkern.ops.fisher import block_sums, experts_of
 from curvkern.ops.samples import Batch, samples
 
 _CODES = {"square": 0, "abs": 1, "sum": 2}  # Statistic in csrc/launch.h
 _DEPTH, _ROWS, _COLS = 256, 12, 32  # kFisherDepth, kFisherRows, kFisherCols there
+_PRODUCT = 1 << 20  # numbers of a sample's gradient at a time: less makes torch's product slow
 
 
 def fisher_diag(
@@ -23,10 +26,10 @@ def fisher_diag(
     allow_tf32: bool,
 ) -> None:
     """`curvkern.fisher_diag_` on contiguous sums."""
-    both_float = batch.grad_output.dtype == batch.activation.dtype == torch.float32
-    if both_float and not token and batch.typical_length > _DEPTH:
-        # At 512 tokens torch's own product is up to 1.3x faster.
-        fisher_diag_ref(fisher, weight_grad, batch, statistic, token, scale)
+    long = batch.typical_length > _DEPTH and batch.grad_output.dtype == batch.activation.dtype == torch.float32
+    few = batch.experts == 1 and batch.shape[0] <= 2 * batch.typical_length
+    if not token and (long or few):
+        _by_products(fisher, weight_grad, batch, statistic, scale)
     else:
         _native(fisher, weight_grad, batch, None, statistic, token, scale)
 
@@ -49,6 +52,27 @@ def fisher_blocks(
             experts_of(blocks)[expert].add_(_gram_blocks(d, x, block), alpha=scale)
     else:
         _native(blocks, weight_grad, batch, block, statistic, token, scale)
+
+
+def _by_products(fisher: Tensor, weight_grad: Tensor | None, batch: Batch, statistic: str, scale: float) -> None:
+    """As the formula reads, some rows of a sample's gradient at a time.
+
+    At one sample of 128 tokens torch's product is 2x faster than the kernel, at two 1.4x, at 512 tokens a sample 1.3x.
+    """
+    _, o, i = batch.shape
+    rows = min(o, max(1, _PRODUCT // max(i, 1)))
+    buffer = torch.empty(rows, i)
+    gradients = None if weight_grad is None else experts_of(weight_grad)
+    for expert, d, x in samples(batch):
+        for at in range(0, o, rows):
+            part = slice(at, min(o, at + rows))
+            gradient = torch.mm(d[:, part].T, x, out=buffer[: part.stop - at])
+            if gradients is not None:
+                gradients[expert, part].add_(gradient, alpha=scale)
+            if statistic == "square":
+                experts_of(fisher)[expert, part].addcmul_(gradient, gradient, value=scale)
+            else:
+                experts_of(fisher)[expert, part].add_(gradient.abs_(), alpha=scale)
 
 
 def _tile(o: int, i: int, experts: int, threads: int) -> tuple[int, int]:
