@@ -73,7 +73,7 @@ def fisher_diag_(
         RuntimeError: an input requires grad under grad mode.
 
     Sums are float32 and a sample's gradient is never rounded to less. Deterministic. Beside the result, the GPU needs
-    no memory (ragged input: some bytes a token) and the CPU at most 4 MB or 1.8 MB a thread; the reference needs 2 [o, i].
+    no memory (ragged input: some bytes a token), the CPU at most 4 MB or 1.8 MB a thread, the reference 2 [o, i].
     """
     tensors = {"fisher": fisher, "grad_output": grad_output, "activation": activation, "weight_grad": weight_grad}
     check.no_grad("fisher_diag_", **tensors)

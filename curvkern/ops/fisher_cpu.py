@@ -1,6 +1,4 @@
-"""fisher_diag_ and fisher_blocks_ on the CPU: the native kernel, torch's products where samples are few or long, and Grams
-where they take fewer flops.
-"""
+"""fisher_diag_ and fisher_blocks_ on the CPU: the native kernel, torch's products or Grams, whichever is fastest."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def fisher_diag(
     """`curvkern.fisher_diag_` on contiguous sums."""
     long = batch.typical_length > _DEPTH and batch.grad_output.dtype == batch.activation.dtype == torch.float32
     few = batch.experts == 1 and batch.shape[0] <= 2 * batch.typical_length
-    if not token and (long or few):
+    if not (token or batch.empty) and (long or few):
         _by_products(fisher, weight_grad, batch, statistic, scale)
     else:
         _native(fisher, weight_grad, batch, None, statistic, token, scale)
