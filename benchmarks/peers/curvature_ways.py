@@ -4,6 +4,7 @@ A way is a function of (model, ids, quantity) that gives quantity -> weight -> s
 """
 
 import inspect
+import itertools
 from functools import cache, partial
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from curvkern import rademacher_
 from curvkern.curvature import Text, estimate
 
 LAYERS = {
@@ -19,7 +21,8 @@ LAYERS = {
 GRAMS = ("input_gram", "output_gram")
 BASES = ("input_basis", "output_basis")
 #: quantity -> name -> (way, the package it needs).
-WAYS = {"fisher_diag": {}, "kfac": {}, "ekfac": {}}
+WAYS = {"fisher_diag": {}, "kfac": {}, "ekfac": {}, "hessian_diag": {}}
+FIRST_ORDER = tuple(WAYS)[:3]
 
 
 def way(name, *quantities, package=""):
@@ -98,12 +101,13 @@ def _backward(model, ids, _):
 
 
 @way("curvkern", *WAYS)
-def _curvkern(model, ids, quantity, batch_tokens=1 << 30):
-    texts = [Text(tuple(row), (-100, *row[1:])) for row in ids.tolist()]
-    return estimate(model, texts, quantity=quantity, batch_tokens=batch_tokens).sums
+def _curvkern(model, ids, quantity, texts=1 << 20, hvp="exact"):
+    rows = [Text(tuple(row), (-100, *row[1:])) for row in ids.tolist()]
+    return estimate(model, rows, quantity=quantity, batch_tokens=texts * ids.shape[1], probes=2, hvp=hvp).sums
 
 
-way("curvkern, text by text", *WAYS)(partial(_curvkern, batch_tokens=1))
+way("curvkern, two texts at a time", *WAYS)(partial(_curvkern, texts=2))
+way("curvkern, differences of gradients", "hessian_diag")(partial(_curvkern, hvp="difference"))
 
 
 @way("autograd, text by text", "fisher_diag")
@@ -115,6 +119,52 @@ def by_autograd(model, ids, _, rotated=lambda name, gradient: gradient):
         for (name, total), gradient in zip(found.items(), gradients, strict=True):
             total.addcmul_(*[rotated(name, gradient)] * 2)
     return {"fisher_diag": found}
+
+
+def signs_of(model):
+    """Of `estimate`'s two probes: every way multiplies the Hessian with the same."""
+    weights = weights_of(model)
+    starts = itertools.accumulate((weight.numel() for weight in weights.values()), initial=0)
+    places = list(zip(weights.items(), starts, strict=False))
+    return [
+        {name: rademacher_(torch.empty_like(weight), seed=seed, offset=at) for (name, weight), at in places}
+        for seed in range(2)
+    ]
+
+
+def mean_of_products(product, directions):
+    """v * (H v), mean over directions v."""
+    found = []
+    for signs in directions:
+        products = product(signs)
+        found.append({name: v * products[name] for name, v in signs.items()})
+    return {"hessian_diag": {name: sum(of[name] for of in found) / len(found) for name in found[0]}}
+
+
+@way("double backward", "hessian_diag")
+def by_double_backward(model, ids, _):
+    model.set_attn_implementation("eager")  # the others have no second derivative
+    weights = weights_of(model)
+    gradients = torch.autograd.grad(losses(model, ids).sum(), weights.values(), create_graph=True)
+
+    def product(signs):
+        found = torch.autograd.grad(gradients, weights.values(), signs.values(), retain_graph=True)
+        return dict(zip(weights, found, strict=True))
+
+    return mean_of_products(product, signs_of(model))
+
+
+@way("jvp(grad) of torch.func", "hessian_diag")
+def _jvp(model, ids, _):
+    model.set_attn_implementation("eager")
+
+    def loss(weights):
+        return losses(lambda **inputs: torch.func.functional_call(model, weights, (), inputs), ids).sum()
+
+    def product(signs):
+        return torch.func.jvp(torch.func.grad(loss), (weights_of(model),), (signs,))[1]
+
+    return mean_of_products(product, signs_of(model))
 
 
 @way("vmap(grad) of torch.func", "fisher_diag")
@@ -202,7 +252,7 @@ def _laplace(model, ids, _):
     return {"fisher_diag": split(model, backend.diag(ids, ids)[1])}
 
 
-@way("nngeometry", *WAYS, package="nngeometry")
+@way("nngeometry", *FIRST_ORDER, package="nngeometry")
 def _nngeometry(model, ids, quantity):
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
@@ -251,7 +301,7 @@ def _prepared_for_kronfluence(model):
     return LossOfTexts(), prepare_model(model, LossOfTexts())
 
 
-@way("kronfluence", *WAYS, package="kronfluence")
+@way("kronfluence", *FIRST_ORDER, package="kronfluence")
 def _kronfluence(model, ids, quantity):
     from kronfluence.arguments import FactorArguments
     from kronfluence.factor import covariance, eigen
@@ -276,12 +326,19 @@ def _kronfluence(model, ids, quantity):
 
 @way("curvlinops", *WAYS, package="curvlinops-for-pytorch")
 def _curvlinops(model, ids, quantity):
-    from curvlinops import EKFACLinearOperator, KFACLinearOperator
+    from curvlinops import EKFACLinearOperator, HessianLinearOperator, KFACLinearOperator
 
     if quantity == "fisher_diag":
         raise NotImplementedError("it multiplies by the empirical Fisher, and has no diagonal of it")
     logits = Calling(lambda model, ids: model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), model)
     terms, data = ids.shape[1] - 1, [(ids, ids[:, 1:].flatten())]
+    if quantity == "hessian_diag":
+        model.set_attn_implementation("eager")
+        weights = list(weights_of(model).values())
+        loss = nn.CrossEntropyLoss(reduction="sum")
+        hessian = HessianLinearOperator(logits, loss, weights, data, check_deterministic=False, num_data=len(ids))
+        flat = [torch.cat([v.flatten() for v in signs.values()]) for signs in signs_of(model)]
+        return {quantity: split(model, sum(v * (hessian @ v) for v in flat) / len(flat) / terms)}
     matrix = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}[quantity](
         logits, nn.CrossEntropyLoss(reduction="sum"), list(weights_of(model).values()), data, fisher_type="empirical",
         check_deterministic=False, num_data=len(ids), num_per_example_loss_terms=terms,

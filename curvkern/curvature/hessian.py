@@ -64,23 +64,23 @@ class Probes:
         hutchinson_(mean, product.view(whole), seed=seed, offset=offset, block=whole, scale=scale)
         self.found["hessian_trace"][name][probe] += mean[0, 0] * product.numel()
 
-    def add(self, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> None:
-        """Add the exact products of one batch; ``loss`` runs the model and gives the sum of its losses."""
+    def add(self, parameters: Mapping[str, nn.Parameter], loss: Tensor) -> None:
+        """Add the exact products of one batch, whose losses sum to ``loss``."""
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, list(parameters.values()), create_graph=True, allow_unused=True
+        )
+        used = [(name, g) for name, g in zip(parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
         for probe in range(self._probes):
-            grads: Sequence[Tensor | None] = torch.autograd.grad(
-                loss(), list(parameters.values()), create_graph=True, allow_unused=True
-            )
-            used = [(name, g) for name, g in zip(parameters, grads, strict=True) if g is not None]  # pyright: ignore[reportUnnecessaryComparison]
             signed = [_SignedSum.apply(g, self._seed + probe, self._offsets[name]) for name, g in used]  # pyright: ignore[reportUnknownMemberType]
             total = torch.stack(cast("list[Tensor]", signed)).sum()
-            del grads, used, signed
-            self._take(parameters, total, probe, 1.0)
+            self._take(parameters, total, probe, 1.0, again=probe + 1 < self._probes)
 
     def add_differences(self, parameters: Mapping[str, nn.Parameter], loss: Callable[[], Tensor]) -> None:
         r"""Add :math:`v \odot (g(w + \epsilon v) - g(w - \epsilon v)) / 2 \epsilon` of one batch, with gradients alone.
 
-        :math:`\epsilon` is the cube root of the weights' rounding times their root mean square: where the error of the
-        difference, which grows with its square, meets that of rounding. Weights are put back bit for bit.
+        ``loss`` runs the model and gives the sum of its losses. :math:`\epsilon` is the cube root of the weights'
+        rounding times their root mean square: where the error of the difference, which grows with its square, meets that
+        of rounding. Weights are put back bit for bit.
         """
         kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         squares = sum(float(w.float().square().sum()) for w in kept.values())
@@ -104,8 +104,13 @@ class Probes:
             if step:
                 parameter.add_(self.direction(name, parameter, probe), alpha=step)
 
-    def _take(self, parameters: Mapping[str, nn.Parameter], loss: Tensor, probe: int, scale: float) -> None:
-        """A backward whose gradients are added, times ``scale``, each as soon as it is whole, and let go of."""
+    def _take(
+        self, parameters: Mapping[str, nn.Parameter], loss: Tensor, probe: int, scale: float, *, again: bool = False
+    ) -> None:
+        """A backward whose gradients are added, times ``scale``, each as soon as it is whole, and let go of.
+
+        ``again``: its graph is needed once more.
+        """
 
         def take(name: str, parameter: Tensor) -> None:
             product, parameter.grad = parameter.grad, None
@@ -117,7 +122,7 @@ class Probes:
             parameter.register_post_accumulate_grad_hook(partial(take, name)) for name, parameter in parameters.items()
         ]
         try:
-            loss.backward()
+            loss.backward(retain_graph=again)
         finally:
             for handle in handles:
                 handle.remove()

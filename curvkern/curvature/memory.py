@@ -96,7 +96,7 @@ def _stored(site: Site, wanted: Sequence[str], samples: int, block: Block, probe
         "input_gram": 0,
         "kfac": 4 * grams,
         "ekfac": 4 * (each + 2 * grams),
-        "hessian_diag": 4 * (each + probes),
+        "hessian_diag": 4 * (2 * each + probes),  # the gradient, for all probes
     }
     return sum(bytes_of.get(quantity, 4 * each) for quantity in wanted)
 

@@ -96,13 +96,16 @@ class Resident:
         job = self._job
         weights = _parameters(self.model, job.include, job.exclude, job.kinds)
         found = Probes({name: p.shape for name, p in weights.items()}, self.model.device, probes, job.seed)
-        add = found.add if hvp == "exact" else found.add_differences
 
         def products(batch: Batch) -> bool:
-            with torch.no_grad():
-                if not finite(losses_of(self.model, batch, job.loss), batch, skip=job.skip):
-                    return False
-            add(weights, lambda: losses_of(self.model, batch, job.loss).sum())
+            with torch.set_grad_enabled(hvp == "exact"):
+                losses = losses_of(self.model, batch, job.loss)
+            if not finite(losses, batch, skip=job.skip):
+                return False
+            if hvp == "exact":
+                found.add(weights, losses.sum())
+            else:
+                found.add_differences(weights, lambda: losses_of(self.model, batch, job.loss).sum())
             return True
 
         plain = twice_differentiable(self.model) if hvp == "exact" else nullcontext()
