@@ -79,8 +79,8 @@ class Probes:
         r"""Add :math:`v \odot (g(w + \epsilon v) - g(w - \epsilon v)) / 2 \epsilon` of one batch, with gradients alone.
 
         ``loss`` runs the model and gives the sum of its losses. :math:`\epsilon` is the cube root of the weights'
-        rounding times their root mean square: where the error of the difference, which grows with its square, meets that
-        of rounding. Weights are put back bit for bit.
+        rounding times their root mean square: where the error of the difference, which grows with its square, meets
+        that of rounding. Weights are put back bit for bit.
         """
         kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         squares = sum(float(w.float().square().sum()) for w in kept.values())
