@@ -47,7 +47,9 @@ def _sides(block: str) -> tuple[int, int] | str:
 
 @app.command()
 def restore(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options override its entries.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML, or curvkern.json of a run to repeat; options override.")
+    ] = None,
     aligned: Annotated[Path | None, typer.Option(help="The safe chat model.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="What fine-tuning made of it: checkpoint or LoRA adapter.")] = None,
     base: Annotated[Path | None, typer.Option(help="The model before alignment.")] = None,

@@ -106,7 +106,16 @@ def run_recipe(
     score: Score | None = None,
 ) -> Report:
     """`restore`, from a `Recipe`."""
-    from curvkern.checkpoint import AdapterWriter, Bundle, Checkpoint, Writer, as_json, open_tuned, plain
+    from curvkern.checkpoint import (
+        AdapterWriter,
+        Bundle,
+        Checkpoint,
+        Writer,
+        as_json,
+        open_tuned,
+        plain,
+        require_recorded,
+    )
     from curvkern.methods import make
     from curvkern.report import Report, Stages, render_page
 
@@ -129,9 +138,11 @@ def run_recipe(
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
             names = select_modules(shapes, method, recipe, tuned.config)
             messages += _told_of(shapes, names, bundle)
+            files = data_files(recipe, method)
+            require_recorded(recipe.expected, {**sources, **files})
             adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
             options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
-            options |= {"recipe": _resolved(recipe, method, score), "data": data_files(recipe, method)}
+            options |= {"recipe": _resolved(recipe, method, score), "data": files}
             if adapter is None:
                 tuned.require_config()
                 writer = stack.enter_context(Writer(recipe.out, tuned, **options))
@@ -164,8 +175,8 @@ def run_recipe(
             messages=messages,
         )
         told = plain(report.as_dict())
-        files = {"report.json": as_json(told), "report.html": render_page(report)}
-        writer.finish({"restoration": told}, extra_files=files)
+        pages = {"report.json": as_json(told), "report.html": render_page(report)}
+        writer.finish({"restoration": told, "device": recipe.device}, extra_files=pages)
     return report
 
 

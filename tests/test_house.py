@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluate": (set(), {"torch", "transformers"}),
     "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
-    "recipe": (set(), {"pydantic", "yaml"}),
+    "recipe": ({"methods"}, {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
     "progress": (set(), {"rich"}),
     # A method may score prompts while it searches, so this knows how a model is evaluated.

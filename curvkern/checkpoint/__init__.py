@@ -13,6 +13,7 @@ from curvkern.checkpoint.adapter import Adapter, LoraFactors
 from curvkern.checkpoint.bundle import Bundle
 from curvkern.checkpoint.card import as_json, plain
 from curvkern.checkpoint.error import CheckpointError
+from curvkern.checkpoint.fingerprint import fingerprint, require_recorded
 from curvkern.checkpoint.format import TensorSpec
 from curvkern.checkpoint.read import Checkpoint
 from curvkern.checkpoint.tuned import TunedView, open_tuned
@@ -30,6 +31,8 @@ __all__ = [
     "TunedView",
     "Writer",
     "as_json",
+    "fingerprint",
     "open_tuned",
     "plain",
+    "require_recorded",
 ]

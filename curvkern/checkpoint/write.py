@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Generator, Iterable, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
 from curvkern.checkpoint.card import as_json, describe, model_card, plain, versions
 from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.fingerprint import fingerprint
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
@@ -83,8 +83,7 @@ class Writer:
         self.target = check_target(out, roots, overwrite=overwrite)
         self._signature = {
             "recipe": self._recipe,
-            "inputs": {role: source.fingerprint() for role, source in inputs.items()}
-            | {role: _fingerprint(path) for role, path in data.items()},
+            "inputs": {role: fingerprint(source) for role, source in {**inputs, **data}.items()},
             "output": self._layout.signature(),
             "software": versions()["curvkern"],
         }
@@ -297,14 +296,6 @@ def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str])
     if name in taken or Path(name).name != name:
         raise CheckpointError(f"{target}: extra file {name!r}: wanted a plain name that no other file has")
     return contents.encode() if isinstance(contents, str) else contents
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return {"bytes": len(contents), "crc32": zlib.crc32(contents)}
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class MethodError(ValueError):
-    """A method cannot be used as asked."""
+    """A method cannot be used as asked; ``parameter`` is the one that is wrong, if one is."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
