@@ -63,7 +63,7 @@ def restore(
     set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
-    save: Annotated[str | None, typer.Option(help="auto, checkpoint or adapter.")] = None,
+    save: Annotated[str | None, typer.Option(help="auto, checkpoint, adapter or delta.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Directory of curvature statistics to share.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
@@ -86,6 +86,34 @@ def restore(
     report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
     if not quiet:
         print_report(report)
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(help="Made by restore --save delta.")],
+    tuned: Annotated[Path, typer.Argument(help="The fine-tuned checkpoint that it was made with.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+) -> None:
+    """Make the restored checkpoint of the tuned one and a delta."""
+    from curvkern.checkpoint import apply_delta
+
+    changed = apply_delta(delta, tuned, out, overwrite=overwrite)
+    typer.echo(f"{out}: restored; {changed} tensors differ from {tuned}")
+
+
+@app.command()
+def undo(
+    delta: Annotated[Path, typer.Argument(help="Made by restore --save delta.")],
+    restored: Annotated[Path, typer.Argument(help="What apply made, or the same restore with --save checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+) -> None:
+    """Make the tuned checkpoint again, bit for bit, of the restored one and the delta."""
+    from curvkern.checkpoint import undo_delta
+
+    changed = undo_delta(delta, restored, out, overwrite=overwrite)
+    typer.echo(f"{out}: as it was tuned; {changed} tensors differ from {restored}")
 
 
 @app.command()

@@ -39,7 +39,7 @@ class Recipe(BaseModel):
         task: JSON Lines of the fine-tuning task, with responses.
         include: patterns (``*`` and ``?``) on full weight names; empty: all modules.
         exclude: patterns of modules to leave as tuned.
-        save: ``"auto"`` keeps an adapter an adapter where the method can.
+        save: ``"auto"`` keeps an adapter an adapter where the method can; ``"delta"`` is what differs from tuned.
         statistics: directory where curvature statistics are looked for and kept, for runs to share.
         device: where tensors are edited.
         expected: role to the fingerprint that this input must have, where a run is to be repeated.
@@ -60,7 +60,7 @@ class Recipe(BaseModel):
     task: Path | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    save: Literal["auto", "checkpoint", "adapter"] = "auto"
+    save: Literal["auto", "checkpoint", "adapter", "delta"] = "auto"
     statistics: Path | None = None
     device: str = "cpu"
     expected: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])

@@ -26,10 +26,13 @@ from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
 from curvkern.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Writer
+    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, DeltaWriter, TunedView, Writer
     from curvkern.methods import Edit, Method, Module
     from curvkern.ops import Change
     from curvkern.report import ModuleChange, Report
+
+    Source = Checkpoint | TunedView
+    AnyWriter = Writer | AdapterWriter | DeltaWriter
 
 
 def restore(
@@ -70,7 +73,8 @@ def restore(
         task: JSON Lines of the fine-tuning task with responses, where the method needs it.
         include: patterns (``*``, ``?``) on full weight names; empty: the linear modules of all decoder layers.
         exclude: patterns of modules to leave as tuned.
-        save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"auto"``.
+        save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"delta"`` (what
+            differs from a tuned checkpoint, see `curvkern.checkpoint.apply_delta`), ``"auto"``.
         statistics: directory of curvature statistics: those that fit are loaded, what is estimated is saved there.
         device: where tensors are edited and the model runs.
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
@@ -107,10 +111,8 @@ def run_recipe(
 ) -> Report:
     """`restore`, from a `Recipe`."""
     from curvkern.checkpoint import (
-        AdapterWriter,
         Bundle,
         Checkpoint,
-        Writer,
         as_json,
         open_tuned,
         plain,
@@ -140,14 +142,10 @@ def run_recipe(
             messages += _told_of(shapes, names, bundle)
             files = data_files(recipe, method)
             require_recorded(recipe.expected, {**sources, **files})
-            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
+            saved = _saved(recipe, method, tuned.adapter, names)
             options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
             options |= {"recipe": _resolved(recipe, method, score), "data": files}
-            if adapter is None:
-                tuned.require_config()
-                writer = stack.enter_context(Writer(recipe.out, tuned, **options))
-            else:
-                writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
+            writer = stack.enter_context(_writer(saved, recipe.out, tuned, names, options))
         known = ModuleStatistics()
         if method.statistics():
             with stages.stage("statistics"):
@@ -169,7 +167,7 @@ def run_recipe(
             source=method.source,
             recipe=recipe.record(),
             out=str(recipe.out.expanduser()),
-            saved="checkpoint" if adapter is None else "adapter",
+            saved=saved,
             modules=changes,
             stages=stages.done,
             messages=messages,
@@ -216,7 +214,8 @@ def _unused(recipe: Recipe, method: Method) -> list[str]:
     return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in looked_at(method)]
 
 
-def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
+def _saved(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> str:
+    """What is written: "checkpoint", "adapter" or "delta"."""
     whole = [name for name in names if adapter is not None and name in adapter.replaced]
     why = None
     if adapter is None:
@@ -227,7 +226,25 @@ def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, name
         why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
     if why is not None and recipe.save == "adapter":
         raise RestoreError(f"restore: cannot save an adapter: {why}; use save='checkpoint'.")
-    return why is None and recipe.save != "checkpoint"
+    if adapter is not None and recipe.save == "delta":
+        raise RestoreError(
+            "restore: cannot save a delta: the tuned model is an adapter, and a delta is against a whole checkpoint; "
+            "use save='checkpoint' or 'auto'."
+        )
+    if recipe.save == "auto":
+        return "checkpoint" if why is not None else "adapter"
+    return recipe.save
+
+
+def _writer(saved: str, out: Path, tuned: Source, names: Sequence[str], options: dict[str, Any]) -> AnyWriter:
+    from curvkern.checkpoint import AdapterWriter, Checkpoint, DeltaWriter, Writer
+
+    if saved == "adapter" and tuned.adapter is not None:
+        return AdapterWriter(out, tuned.adapter, **options)
+    tuned.require_config()
+    if saved == "delta" and isinstance(tuned, Checkpoint):
+        return DeltaWriter(out, tuned, names, **options)
+    return Writer(out, tuned, **options)
 
 
 class _Sweeps:
@@ -272,7 +289,7 @@ class _Sweeps:
         return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
 
 
-def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:
+def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: AnyWriter) -> Iterator[ModuleChange]:
     """Edit every selected module that an earlier run has not finished, and copy what lies between them.
 
     Everything goes in file order, so that shards become complete, and are kept for a resumed run, one by one.
@@ -293,9 +310,9 @@ def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | Adapte
                 return
 
 
-def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | AdapterWriter) -> ModuleChange:
+def _edit_one(method: Method, plan: Any, module: Module, writer: AnyWriter) -> ModuleChange:
     """Edit, check, measure and write one module."""
-    from curvkern.checkpoint import Writer
+    from curvkern.checkpoint import DeltaWriter, Writer
     from curvkern.ops import Change, change
     from curvkern.report import record_change
 
@@ -313,6 +330,8 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | Adapte
     done = record_change(module.name, module.layer, module.kind, size, found, wanted=wanted, notes=edit.notes)
     if isinstance(writer, Writer):
         writer.write(module.name, stored.contiguous(), asdict(done))
+    elif isinstance(writer, DeltaWriter):
+        writer.write(module.name, stored, module.tuned)
     elif edit.factors is not None:
         writer.write(module.name, *edit.factors, asdict(done))
     return done

@@ -19,6 +19,12 @@ RUNS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _no_plots(monkeypatch):
+    """They are most of so small a run's time."""
+    monkeypatch.setattr("curvkern.report.render_page", lambda report: report.method)
+
+
 @pytest.fixture
 def place(family, tmp_path):
     """A copy of all inputs, for tests that change them."""
