@@ -16,7 +16,6 @@ from curvkern.checkpoint.delta import BitChange
 from curvkern.cli import app as cli
 from curvkern.restore import RestoreError
 
-
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64)
 FORMS = {None: None, "indices": torch.int32, "mask": torch.uint8}
 
