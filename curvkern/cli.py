@@ -55,12 +55,14 @@ def restore(
     base: Annotated[Path | None, typer.Option(help="The model before alignment.")] = None,
     unaligned: Annotated[Path | None, typer.Option(help="An aligned model broken on purpose.")] = None,
     safety_adapter: Annotated[Path | None, typer.Option(help="The aligned model tuned on safety data.")] = None,
-    method: Annotated[str | None, typer.Option(help="Restoration method.")] = None,
+    method: Annotated[str | None, typer.Option(help="Restoration method, or several: a,b; each in OUT/NAME.")] = None,
     harmful: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts.")] = None,
     safety: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts, with safe responses.")] = None,
     task: Annotated[Path | None, typer.Option(help="JSON Lines of the task, with responses.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Method parameter: key=value, or method.key=value; repeatable.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
     save: Annotated[str | None, typer.Option(help="auto, checkpoint, adapter or delta.")] = None,
@@ -71,9 +73,9 @@ def restore(
     quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
 ) -> None:
     """Restore a fine-tuned model and write the result with a report."""
-    from curvkern.recipe import make_recipe, read_recipe
+    from curvkern.recipe import each_method, make_recipe, read_recipe
     from curvkern.report import print_report
-    from curvkern.restore import run_recipe
+    from curvkern.restore import run_recipes
 
     given = {
         "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
@@ -83,9 +85,9 @@ def restore(
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])
     chosen = make_recipe(values) if recipe is None else read_recipe(recipe, values)
-    report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
-    if not quiet:
-        print_report(report)
+    for report in run_recipes(each_method(chosen), overwrite=overwrite, resume=resume, progress=not quiet):
+        if not quiet:
+            print_report(report)
 
 
 @app.command()

@@ -29,7 +29,7 @@ class Recipe(BaseModel):
         aligned: the safe chat model.
         tuned: what fine-tuning made of it: a checkpoint or a LoRA adapter directory.
         out: directory to make.
-        method: a name of `curvkern.methods.REGISTRY`.
+        method: a name of `curvkern.methods.REGISTRY`, or several with commas between them, see `each_method`.
         parameters: the method's own.
         base: the model before alignment, where the method needs it.
         unaligned: an aligned model broken on purpose, likewise.
@@ -195,8 +195,42 @@ def _repeated(path: Path, record: Mapping[str, Any], overrides: Mapping[str, Any
 def _check_method(recipe: Recipe, origin: _Origin) -> None:
     from curvkern.methods import MethodError, make
 
+    named: Recipe | None = None
     try:
-        make(recipe.method, recipe.parameters)
+        for named in each_method(recipe):
+            make(named.method, named.parameters)
     except MethodError as error:
-        entry = ("method",) if error.parameter is None else ("parameters", error.parameter)
-        raise RecipeError(f"{origin.of(*entry)}: {error}") from None
+        if error.parameter is None:
+            where = origin.of("method")
+        else:
+            qualified = "" if named is None else f"{named.method}.{error.parameter}"
+            where = origin.of("parameters", qualified if qualified in recipe.parameters else error.parameter)
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def each_method(recipe: Recipe) -> list[Recipe]:
+    """The recipe of each method that a recipe names, by commas: ``lox,merge``.
+
+    A parameter goes to all that have it, ``lox.rank`` to lox alone, before ``rank``. Of several methods each has a
+    directory in ``out``, called like the method.
+
+    Raises:
+        MethodError: an unknown method, one that is named twice, or a parameter of one that is not named.
+    """
+    from curvkern.methods import MethodError, get
+
+    names = [name.strip() for name in recipe.method.split(",")]
+    if again := next((name for name in names if names.count(name) > 1), None):
+        raise MethodError(f"method {recipe.method!r} names {again} twice; wanted each once.")
+    known = {name: get(name).model_fields for name in names}
+    own: dict[str, dict[str, Any]] = {name: {} for name in names}
+    for key in sorted(recipe.parameters, key=lambda key: "." in key):
+        method, dot, parameter = key.rpartition(".")
+        if dot and method not in own:
+            raise MethodError(f"parameter {key!r} is of {method}; wanted one of {', '.join(names)}.", key)
+        # What none of them has goes to all, so that the first says what it takes.
+        takers = [method] if dot else [name for name in names if key in known[name]] or names
+        for name in takers:
+            own[name][parameter] = recipe.parameters[key]
+    places = {names[0]: recipe.out} if len(names) == 1 else {name: recipe.out / name for name in names}
+    return [recipe.model_copy(update={"method": name, "parameters": own[name], "out": places[name]}) for name in names]
