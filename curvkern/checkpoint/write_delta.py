@@ -107,14 +107,12 @@ class DeltaWriter:
                 f"{self.target}: {name}: got {after.dtype} {list(after.shape)}, "
                 f"the tuned model has {before.dtype} {list(before.shape)}"
             )
-        before, after = before.cpu(), after.cpu()
-        change = BitChange.between(before, after)
+        before = before.cpu()
+        change = BitChange.between(before, after.cpu())
         if change is None:
             return
-        self._checksums[name] = {
-            "tuned": checksum(change.entries(before)),
-            "restored": checksum(change.entries(after)),
-        }
+        was = change.entries(before)
+        self._checksums[name] = {"tuned": checksum(was), "restored": checksum(was ^ change.bits)}
         with on_disk(self.target, f"writing {name} to {DELTA}"):
             for part, tensor in ((BITS, change.bits), (WHERE, change.where)):
                 if tensor is not None:
