@@ -47,21 +47,25 @@ def _sides(block: str) -> tuple[int, int] | str:
 
 @app.command()
 def restore(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML recipe; options override its entries.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Argument(help="YAML, or curvkern.json of a run to repeat; options override.")
+    ] = None,
     aligned: Annotated[Path | None, typer.Option(help="The safe chat model.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="What fine-tuning made of it: checkpoint or LoRA adapter.")] = None,
     base: Annotated[Path | None, typer.Option(help="The model before alignment.")] = None,
     unaligned: Annotated[Path | None, typer.Option(help="An aligned model broken on purpose.")] = None,
     safety_adapter: Annotated[Path | None, typer.Option(help="The aligned model tuned on safety data.")] = None,
-    method: Annotated[str | None, typer.Option(help="Restoration method.")] = None,
+    method: Annotated[str | None, typer.Option(help="Restoration method, or several: a,b; each in OUT/NAME.")] = None,
     harmful: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts.")] = None,
     safety: Annotated[Path | None, typer.Option(help="JSON Lines of harmful prompts, with safe responses.")] = None,
     task: Annotated[Path | None, typer.Option(help="JSON Lines of the task, with responses.")] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Method parameter: key=value; repeatable.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Method parameter: key=value, or method.key=value; repeatable.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="Pattern on weight names; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Pattern of weights to leave; repeatable.")] = None,
-    save: Annotated[str | None, typer.Option(help="auto, checkpoint or adapter.")] = None,
+    save: Annotated[str | None, typer.Option(help="auto, checkpoint, adapter or delta.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Directory of curvature statistics to share.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
@@ -69,9 +73,9 @@ def restore(
     quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
 ) -> None:
     """Restore a fine-tuned model and write the result with a report."""
-    from curvkern.recipe import make_recipe, read_recipe
+    from curvkern.recipe import each_method, make_recipe, read_recipe
     from curvkern.report import print_report
-    from curvkern.restore import run_recipe
+    from curvkern.restore import run_recipes
 
     given = {
         "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
@@ -81,9 +85,37 @@ def restore(
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])
     chosen = make_recipe(values) if recipe is None else read_recipe(recipe, values)
-    report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
-    if not quiet:
-        print_report(report)
+    for report in run_recipes(each_method(chosen), overwrite=overwrite, resume=resume, progress=not quiet):
+        if not quiet:
+            print_report(report)
+
+
+@app.command()
+def apply(
+    delta: Annotated[Path, typer.Argument(help="Made by restore --save delta.")],
+    tuned: Annotated[Path, typer.Argument(help="The fine-tuned checkpoint that it was made with.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+) -> None:
+    """Make the restored checkpoint of the tuned one and a delta."""
+    from curvkern.checkpoint import apply_delta
+
+    changed = apply_delta(delta, tuned, out, overwrite=overwrite)
+    typer.echo(f"{out}: restored; {changed} tensors differ from {tuned}")
+
+
+@app.command()
+def undo(
+    delta: Annotated[Path, typer.Argument(help="Made by restore --save delta.")],
+    restored: Annotated[Path, typer.Argument(help="What apply made, or the same restore with --save checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Directory to make.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
+) -> None:
+    """Make the tuned checkpoint again, bit for bit, of the restored one and the delta."""
+    from curvkern.checkpoint import undo_delta
+
+    changed = undo_delta(delta, restored, out, overwrite=overwrite)
+    typer.echo(f"{out}: as it was tuned; {changed} tensors differ from {restored}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -95,9 +95,9 @@ class ModuleStatistics:
     def __init__(self) -> None:
         self._found: dict[Need, dict[str, Tensor]] = {}
 
-    def of(self, name: str) -> dict[Need, Tensor]:
-        """The statistics of one module, by its checkpoint name."""
-        return {need: tensors[name] for need, tensors in self._found.items()}
+    def of(self, name: str, needs: Collection[Need]) -> dict[Need, Tensor]:
+        """Those of the statistics that are in ``needs``, of one module, by its checkpoint name."""
+        return {need: tensors[name] for need, tensors in self._found.items() if need in needs}
 
     def add(self, need: Need, found: Statistics, names: Sequence[str]) -> None:
         """Take a statistic of the modules ``names``: its mean, where it is a sum over data.
@@ -115,7 +115,7 @@ class ModuleStatistics:
 
 def gather_statistics(
     recipe: Recipe,
-    method: Method,
+    needs: Sequence[Need],
     data: Rows,
     bundle: Bundle,
     names: Sequence[str],
@@ -123,14 +123,14 @@ def gather_statistics(
     progress: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ModuleStatistics:
-    """Estimate what a method asks for, or load it from the recipe's directory of statistics.
+    """Estimate what methods ask for, or load it from the recipe's directory of statistics.
 
     Each model is in memory once, in the checkpoint's dtype, and runs once over each set of data for all quantities
     together.
 
     Args:
         recipe: its ``statistics`` directory, patterns and device.
-        method: see `Method.statistics`.
+        needs: see `Method.statistics`.
         data: rows by role, from `read_data`.
         bundle: the opened checkpoints.
         names: the modules that are restored.
@@ -146,20 +146,20 @@ def gather_statistics(
     tokenizer = tokenizer_of(bundle)
     texts = {
         role: [from_answer(tokenizer, row.asked(), row.response or "") for row in data[role]]
-        for role in sorted({need.data for need in method.statistics()})
+        for role in sorted({need.data for need in needs})
     }
     store = _Store(recipe.statistics, tell)
     gathered = ModuleStatistics()
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
-    for need in method.statistics():
+    for need in needs:
         models[need.at][need.data, need.loss].append(need)
     for at, sets in models.items():
         model = _loaded(bundle, at, recipe.device)
-        for (role, _), needs in sets.items():
+        for (role, _), asked in sets.items():
             what = f"{role} data at {at}"
             with bar(what, len(texts[role]), progress) as advance:
-                found = store.find(needs, model, texts[role], recipe, names, _counting(advance, what))
-            for need in needs:
+                found = store.find(asked, model, texts[role], recipe, names, _counting(advance, what))
+            for need in asked:
                 gathered.add(need, found[need], names)
     return gathered
 

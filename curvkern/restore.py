@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Container, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections import defaultdict
+from collections.abc import Collection, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from curvkern.evidence import (
-    ModuleStatistics,
-    Score,
-    data_files,
-    gather_statistics,
-    given,
-    hidden_evidence,
-    looked_at,
-    read_data,
-)
+from curvkern.evidence import ModuleStatistics, Score, gather_statistics, given, hidden_evidence
+from curvkern.part import Part
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
-from curvkern.scope import RestoreError, layer_of, select_modules
+from curvkern.scope import RestoreError, layer_of
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Writer
-    from curvkern.methods import Edit, Method, Module
+    from curvkern.checkpoint import AdapterWriter, Bundle, DeltaWriter, Writer
+    from curvkern.methods import Edit, Method, Module, Need
     from curvkern.ops import Change
     from curvkern.report import ModuleChange, Report
+
+    AnyWriter = Writer | AdapterWriter | DeltaWriter
 
 
 def restore(
@@ -70,7 +64,8 @@ def restore(
         task: JSON Lines of the fine-tuning task with responses, where the method needs it.
         include: patterns (``*``, ``?``) on full weight names; empty: the linear modules of all decoder layers.
         exclude: patterns of modules to leave as tuned.
-        save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"auto"``.
+        save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"delta"`` (what
+            differs from a tuned checkpoint, see `curvkern.checkpoint.apply_delta`), ``"auto"``.
         statistics: directory of curvature statistics: those that fit are loaded, what is estimated is saved there.
         device: where tensors are edited and the model runs.
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
@@ -106,88 +101,89 @@ def run_recipe(
     score: Score | None = None,
 ) -> Report:
     """`restore`, from a `Recipe`."""
-    from curvkern.checkpoint import AdapterWriter, Bundle, Checkpoint, Writer, as_json, open_tuned, plain
-    from curvkern.methods import make
-    from curvkern.report import Report, Stages, render_page
+    return run_recipes([recipe], overwrite=overwrite, resume=resume, progress=progress, score=score)[0]
 
-    method = make(recipe.method, recipe.parameters)
+
+def run_recipes(
+    recipes: Sequence[Recipe],
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: bool = False,
+    score: Score | None = None,
+) -> list[Report]:
+    """`restore`, from recipes that differ in method, parameters and ``out`` alone, such as those of `each_method`.
+
+    Statistics are estimated once for all, and a module is read once for all to edit it; planning is each method's own.
+    The outputs are those of single runs, bit for bit.
+    """
+    from curvkern.checkpoint import Bundle, Checkpoint, open_tuned
+    from curvkern.methods import make
+
+    parts = [Part(recipe, make(recipe.method, recipe.parameters)) for recipe in recipes]
+    recipe, needs = recipes[0], frozenset[str]().union(*(part.method.needs for part in parts))
     _check_device(recipe.device)
-    data = read_data(recipe, method)
-    stages = Stages()
-    messages = [f"{method.name} does not look at {name}" for name in _unused(recipe, method)]
     with ExitStack() as stack:
-        with stages.stage("open"):
+        with _shared(parts, "open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
-            if "model" in method.needs:
+            if "model" in needs:
                 aligned.require_config()
             sources: dict[str, Any] = {"aligned": aligned, "tuned": tuned}
             for role in CHECKPOINTS:
-                if role in method.needs:
+                if role in needs:
                     sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
             bundle = Bundle(sources, device=recipe.device)
-            shapes = {name: tuned.spec(name).shape for name in bundle.names}
-            names = select_modules(shapes, method, recipe, tuned.config)
-            messages += _told_of(shapes, names, bundle)
-            adapter = tuned.adapter if _saves_adapter(recipe, method, tuned.adapter, names) else None
-            options: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "inputs": sources}
-            options |= {"recipe": _resolved(recipe, method, score), "data": data_files(recipe, method)}
-            if adapter is None:
-                tuned.require_config()
-                writer = stack.enter_context(Writer(recipe.out, tuned, **options))
-            else:
-                writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
+            for part in parts:
+                stack.enter_context(part.open(bundle, overwrite=overwrite, resume=resume, score=score))
         known = ModuleStatistics()
-        if method.statistics():
-            with stages.stage("statistics"):
-                known = gather_statistics(recipe, method, data, bundle, names, progress=progress, tell=messages.append)
-        sweep = _Sweeps(bundle, names, known, progress)
-        evidence = None
-        if "model" in method.needs:
-            with stages.stage("evidence"):
-                evidence = hidden_evidence(recipe, method, data, bundle, score)
-        with stages.stage("plan"):
-            plan = method.plan(lambda: sweep.modules("planning"), evidence, messages.append)
-        del evidence  # the model in memory
-        with stages.stage("edit"):
-            changes = list(_edit_all(method, plan, sweep, writer))
-        with stages.stage("finish"):
-            writer.copy_rest()
-        report = Report(
-            method=method.name,
-            source=method.source,
-            recipe=recipe.record(),
-            out=str(recipe.out.expanduser()),
-            saved="checkpoint" if adapter is None else "adapter",
-            modules=changes,
-            stages=stages.done,
-            messages=messages,
-        )
-        told = plain(report.as_dict())
-        files = {"report.json": as_json(told), "report.html": render_page(report)}
-        writer.finish({"restoration": told}, extra_files=files)
-    return report
+        if asking := [part for part in parts if part.needs]:
+            with _shared(asking, "statistics"):
+                known = _gather(asking, bundle, progress)
+        sweep = _Sweeps(bundle, known, progress)
+        for part in parts:
+            _plan(part, sweep, score)
+        with _shared(parts, "edit"):
+            _edit_all(parts, sweep)
+        for part in parts:
+            with part.stages.stage("finish"):
+                part.writer.copy_rest()
+        return [part.finish() for part in parts]
 
 
-def _resolved(recipe: Recipe, method: Method, score: Score | None) -> dict[str, Any]:
-    """The recipe with every parameter of the method, defaults too: what a resumed run must agree with."""
-    name = getattr(score, "__qualname__", type(score).__qualname__)
-    own = {} if score is None else {"score": name}
-    return {**recipe.record(), "parameters": method.model_dump(mode="json"), **own}
+@contextmanager
+def _shared(parts: Sequence[Part], name: str) -> Generator[None]:
+    """A stage that several parts go through together."""
+    from curvkern.report import Stages
+
+    stages = Stages()
+    with stages.stage(name):
+        yield
+    for part in parts:
+        part.stages.done.extend(stages.done)
 
 
-def _told_of(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str], bundle: Bundle) -> list[str]:
-    """What a reader of the report should know of the inputs."""
-    lines: list[str] = []
-    fused = [name for name, shape in shapes.items() if len(shape) == 3 and layer_of(name) is not None]
-    if fused:
-        weights = sum(math.prod(shapes[name]) for name in fused)
-        lines.append(f"left as tuned: {len(fused)} fused expert tensors with {weights:,} weights, such as {fused[0]}")
-    dtypes = [{role: source.spec(name).dtype for role, source in bundle.sources.items()} for name in names]
-    if mixed := [found for found in dtypes if found["aligned"] != found["tuned"]]:
-        aligned, tuned = (str(mixed[0][role]).removeprefix("torch.") for role in ("aligned", "tuned"))
-        lines.append(f"{len(mixed)} modules are {aligned} in aligned and {tuned} in tuned: what is restored is {tuned}")
-    return lines
+def _gather(parts: Sequence[Part], bundle: Bundle, progress: bool) -> ModuleStatistics:
+    needs = dict.fromkeys(need for part in parts for need in part.needs)
+    data = {role: rows for part in parts for role, rows in part.data.items()}
+    chosen = {name for part in parts for name in part.names}
+    names = [name for name in bundle.names if name in chosen]
+
+    def tell(line: str) -> None:
+        for part in parts:
+            part.messages.append(line)
+
+    return gather_statistics(parts[0].recipe, tuple(needs), data, bundle, names, progress=progress, tell=tell)
+
+
+def _plan(part: Part, sweep: _Sweeps, score: Score | None) -> None:
+    evidence = None
+    if "model" in part.method.needs:
+        with part.stages.stage("evidence"):
+            evidence = hidden_evidence(part.recipe, part.method, part.data, sweep.bundle, score)
+    with part.stages.stage("plan"):
+        wanted = dict.fromkeys(part.names, part.needs)
+        part.plan = part.method.plan(lambda: sweep.modules("planning", wanted), evidence, part.messages.append)
 
 
 def _check_device(device: str) -> None:
@@ -201,39 +197,19 @@ def _check_device(device: str) -> None:
         raise RestoreError(f"restore: device is {device!r}, but torch sees no GPU here; `curvkern env` says more.")
 
 
-def _unused(recipe: Recipe, method: Method) -> list[str]:
-    return [name for name in (*CHECKPOINTS, *DATA) if getattr(recipe, name) and name not in looked_at(method)]
-
-
-def _saves_adapter(recipe: Recipe, method: Method, adapter: Adapter | None, names: Sequence[str]) -> bool:
-    whole = [name for name in names if adapter is not None and name in adapter.replaced]
-    why = None
-    if adapter is None:
-        why = "the tuned model is not an adapter"
-    elif not method.edits_adapter():
-        why = f"{method.name} edits full weights"
-    elif whole:
-        why = f"the adapter holds {whole[0]} and {len(whole) - 1} more whole, without factors to edit; exclude them"
-    if why is not None and recipe.save == "adapter":
-        raise RestoreError(f"restore: cannot save an adapter: {why}; use save='checkpoint'.")
-    return why is None and recipe.save != "checkpoint"
-
-
 class _Sweeps:
     """Streams the selected modules, as often as asked."""
 
-    def __init__(self, bundle: Bundle, names: Sequence[str], known: ModuleStatistics, progress: bool) -> None:
+    def __init__(self, bundle: Bundle, known: ModuleStatistics, progress: bool) -> None:
         self.bundle = bundle
-        self.names = names
-        self.selected = frozenset(names)
         self.known = known
         self.progress = progress
 
-    def modules(self, what: str, skip: Container[str] = ()) -> Generator[Module]:
-        """One sweep in file order."""
+    def modules(self, what: str, wanted: Mapping[str, Collection[Need]]) -> Generator[Module]:
+        """One sweep in file order over the modules ``wanted``, each with the statistics that are wanted of it."""
         from curvkern.methods import Module
 
-        names = [name for name in self.names if name not in skip]
+        names = [name for name in self.bundle.names if name in wanted]
         with bar(what, len(names), self.progress) as advance:
             for done, (name, tensors) in enumerate(self.bundle.stream(names), 1):
                 layer = layer_of(name) or 0
@@ -249,7 +225,7 @@ class _Sweeps:
                     safety_adapter=tensors.get("safety_adapter"),
                     factors=self._factors("tuned", name, tensors["tuned"]),
                     safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
-                    statistics=self.known.of(name),
+                    statistics=self.known.of(name, wanted[name]),
                 )
 
     def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
@@ -261,30 +237,27 @@ class _Sweeps:
         return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
 
 
-def _edit_all(method: Method, plan: Any, sweep: _Sweeps, writer: Writer | AdapterWriter) -> Iterator[ModuleChange]:
+def _edit_all(parts: Sequence[Part], sweep: _Sweeps) -> None:
     """Edit every selected module that an earlier run has not finished, and copy what lies between them.
 
     Everything goes in file order, so that shards become complete, and are kept for a resumed run, one by one.
     """
-    from curvkern.checkpoint import Writer
-    from curvkern.report import ModuleChange
-
-    earlier, last = writer.notes, sweep.names[-1]
-    with closing(sweep.modules("restoring", earlier)) as modules:
-        for name in writer.names if isinstance(writer, Writer) else sweep.names:
-            if name in earlier:
-                yield ModuleChange(**earlier[name])
-            elif name in sweep.selected:
-                yield _edit_one(method, plan, next(modules), writer)
-            elif isinstance(writer, Writer) and name not in writer.done:
-                writer.copy(name)
-            if name == last:
-                return
+    wanted: defaultdict[str, set[Need]] = defaultdict(set)
+    for part in parts:
+        for name in part.left:
+            wanted[name].update(part.needs)
+    with closing(sweep.modules("restoring", wanted)) as modules:
+        for module in modules:
+            for part in parts:
+                if module.name in part.left:
+                    part.copy_before(module.name)
+                    part.changes[module.name] = _edit_one(part.method, part.plan, module, part.writer)
+            del module  # before the next one is read
 
 
-def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | AdapterWriter) -> ModuleChange:
+def _edit_one(method: Method, plan: Any, module: Module, writer: AnyWriter) -> ModuleChange:
     """Edit, check, measure and write one module."""
-    from curvkern.checkpoint import Writer
+    from curvkern.checkpoint import DeltaWriter, Writer
     from curvkern.ops import Change, change
     from curvkern.report import record_change
 
@@ -302,6 +275,8 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | Adapte
     done = record_change(module.name, module.layer, module.kind, size, found, wanted=wanted, notes=edit.notes)
     if isinstance(writer, Writer):
         writer.write(module.name, stored.contiguous(), asdict(done))
+    elif isinstance(writer, DeltaWriter):
+        writer.write(module.name, stored, module.tuned)
     elif edit.factors is not None:
         writer.write(module.name, *edit.factors, asdict(done))
     return done

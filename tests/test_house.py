@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluate": (set(), {"torch", "transformers"}),
     "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
-    "recipe": (set(), {"pydantic", "yaml"}),
+    "recipe": ({"methods"}, {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
     "progress": (set(), {"rich"}),
     # A method may score prompts while it searches, so this knows how a model is evaluated.
@@ -39,7 +39,11 @@ MAY_IMPORT = {
         {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
         {"torch", "transformers"},
     ),
-    "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress"}, {"torch"}),
+    "part": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope"}, set()),
+    "restore": (
+        {"checkpoint", "methods", "evidence", "ops", "part", "report", "recipe", "scope", "progress"},
+        {"torch"},
+    ),
     "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
     "recipe_text": ({"methods", "recipe", "evidence"}, {"pydantic", "yaml"}),
     # Makes everything it needs, as a user would: all that is public.

@@ -27,22 +27,43 @@ def test_file_and_overrides(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("aligned: a\ntuned: [", r":\d+: not valid YAML"),
-        ("aligned: \x01", "not valid YAML"),
-        ("aligned: a\nparameters: [weight, 0.1]", r"parameters is \['weight', 0.1\]; wanted a mapping"),
-        ("1: a", "unknown entry '1'"),
-        ("- aligned", "wanted a mapping"),
-        (RECIPE + "methods: x", "unknown entry 'methods'.*Did you mean 'method'"),
-        ("aligned: a\ntuned: t\nout: o", "method is missing"),
-        (RECIPE + "save: zip", "save is 'zip'"),
-        (RECIPE.replace("parameters:\n  weight: 0.25", "parameters: 3"), "parameters"),
+        ("aligned: a\ntuned: [", r":2: not valid YAML"),
+        ("aligned: a\n b: c\n", r":2: not valid YAML: mapping values are not allowed here"),
+        ("aligned: \x01", ": not valid YAML"),
+        ("aligned: a\nparameters: [weight, 0.1]", r":2: parameters is \['weight', 0.1\]; wanted a mapping"),
+        ("# numbers\n1: a", ":2: unknown entry '1'"),
+        ("- aligned", ": wanted a mapping"),
+        ("", ": wanted a mapping"),
+        (RECIPE + "methods: x", ":9: unknown entry 'methods'.*Did you mean 'method'"),
+        ("aligned: a\ntuned: t\nout: o", ": method is missing"),
+        (RECIPE + "save: zip", ":9: save is 'zip'"),
+        (RECIPE + "include:\n- 3", ":9: include.0 is 3"),
+        (RECIPE.replace("parameters:\n  weight: 0.25", "parameters: 3"), ":6: parameters"),
+        (RECIPE.replace("merge", "merg"), ":5: unknown method 'merg'.*Did you mean 'merge'"),
+        (RECIPE.replace("weight", "wait"), ":7: merge: unknown parameter 'wait'.*Did you mean 'weight'"),
+        (RECIPE.replace("0.25", "3"), ":7: merge: weight is 3"),
     ],
 )
-def test_bad_recipes_name_file_and_entry(tmp_path, text, message):
+def test_bad_recipes_name_file_line_and_entry(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=r"recipe\.yaml.*" + message):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml" + message):
         read_recipe(path, {})
+
+
+def test_what_an_option_overrides_has_no_line(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: save is 'zip'"):
+        read_recipe(path, {"save": "zip"})
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: merge: weight is 3"):
+        read_recipe(path, {"parameters": {"weight": 3}})
+
+
+def test_a_recipe_may_refer_to_itself_and_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE.replace("0.25", "&loop [*loop]"))
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:7: merge: weight is"):
+        read_recipe(tmp_path / "recipe.yaml", {})
 
 
 def test_missing_file():

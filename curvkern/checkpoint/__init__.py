@@ -12,12 +12,15 @@ with Checkpoint.open("aligned") as aligned, open_tuned("tuned-or-adapter", align
 from curvkern.checkpoint.adapter import Adapter, LoraFactors
 from curvkern.checkpoint.bundle import Bundle
 from curvkern.checkpoint.card import as_json, plain
+from curvkern.checkpoint.delta import Delta, apply_delta, undo_delta
 from curvkern.checkpoint.error import CheckpointError
+from curvkern.checkpoint.fingerprint import fingerprint, require_recorded
 from curvkern.checkpoint.format import TensorSpec
 from curvkern.checkpoint.read import Checkpoint
 from curvkern.checkpoint.tuned import TunedView, open_tuned
 from curvkern.checkpoint.write import Writer
 from curvkern.checkpoint.write_adapter import AdapterWriter
+from curvkern.checkpoint.write_delta import DeltaWriter
 
 __all__ = [
     "Adapter",
@@ -25,11 +28,17 @@ __all__ = [
     "Bundle",
     "Checkpoint",
     "CheckpointError",
+    "Delta",
+    "DeltaWriter",
     "LoraFactors",
     "TensorSpec",
     "TunedView",
     "Writer",
+    "apply_delta",
     "as_json",
+    "fingerprint",
     "open_tuned",
     "plain",
+    "require_recorded",
+    "undo_delta",
 ]

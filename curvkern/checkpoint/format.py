@@ -116,6 +116,8 @@ def plan_file(
     file: str,
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
     metadata: Mapping[str, str],
+    *,
+    room: int = 0,
 ) -> tuple[bytes, tuple[TensorSpec, ...]]:
     """Lay out a safetensors file before any of its data exists.
 
@@ -123,6 +125,7 @@ def plan_file(
         file: Plain name of the file.
         tensors: (name, dtype, shape), in the order their bytes will have.
         metadata: Written as ``__metadata__``; transformers refuses a file without ``format``.
+        room: The data begin no earlier than this many bytes (a multiple of 8) from the start.
 
     Returns:
         The file's first bytes (length and header), and where each tensor goes.
@@ -136,7 +139,7 @@ def plan_file(
         entries[name] = code
         sized.append((name, dtype, shape, begin, end))
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * max(-len(text) % _ALIGNMENT, room - _LENGTH_BYTES - len(text))
     start = _LENGTH_BYTES + len(text)
     specs = tuple(
         TensorSpec(name, dtype, shape, file, start + begin, end - begin) for name, dtype, shape, begin, end in sized

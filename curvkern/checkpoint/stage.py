@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from curvkern.checkpoint.card import as_json
 from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.fingerprint import differences
 from curvkern.checkpoint.locate import TEMPLATES, expected
 
 RECORD = "curvkern.json"
@@ -203,14 +204,6 @@ class Stage:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-
-
-def differences(where: str, was: Any, now: Any) -> list[str]:
-    """Name each place at which two JSON values differ."""
-    if isinstance(was, dict) and isinstance(now, dict):
-        keys = [*was, *(key for key in now if key not in was)]
-        return [d for key in keys for d in differences(f"{where}.{key}", was.get(key), now.get(key))]
-    return [] if was == now else [f"{where} was {was!r}, is {now!r}"]
 
 
 def _sync_directory(fd: int) -> None:

@@ -6,9 +6,8 @@ import errno
 import json
 import os
 import shutil
-import zlib
-from collections.abc import Generator, Iterable, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Set
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,14 +17,14 @@ import torch
 from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
 from curvkern.checkpoint.card import as_json, describe, model_card, plain, versions
-from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.error import CheckpointError, listed, on_disk
+from curvkern.checkpoint.fingerprint import fingerprint
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
 from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
 
 _INDEX = "model.safetensors.index.json"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 # What file systems without preallocation answer.
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -83,8 +82,7 @@ class Writer:
         self.target = check_target(out, roots, overwrite=overwrite)
         self._signature = {
             "recipe": self._recipe,
-            "inputs": {role: source.fingerprint() for role, source in inputs.items()}
-            | {role: _fingerprint(path) for role, path in data.items()},
+            "inputs": {role: fingerprint(source) for role, source in {**inputs, **data}.items()},
             "output": self._layout.signature(),
             "software": versions()["curvkern"],
         }
@@ -282,29 +280,14 @@ class Writer:
             part.update({key: stored for key in ("dtype", "torch_dtype") if key in part})
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
-    @contextmanager
-    def _disk(self, doing: str) -> Generator[None, None, None]:
-        """Turn what the system says into what it means for the output."""
-        try:
-            yield
-        except OSError as error:
-            reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-            kept = "; finished shards are kept for resume" if self._resume else ""
-            raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{kept}") from error
+    def _disk(self, doing: str) -> AbstractContextManager[None]:
+        return on_disk(self.target, doing, "; finished shards are kept for resume" if self._resume else "")
 
 
 def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str]) -> bytes:
     if name in taken or Path(name).name != name:
         raise CheckpointError(f"{target}: extra file {name!r}: wanted a plain name that no other file has")
     return contents.encode() if isinstance(contents, str) else contents
-
-
-def _fingerprint(path: Path) -> dict[str, int]:
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    return {"bytes": len(contents), "crc32": zlib.crc32(contents)}
 
 
 def _allocate(fd: int, size: int) -> None:

@@ -61,11 +61,12 @@ def make(name: str, parameters: dict[str, Any]) -> Method:
             near = difflib.get_close_matches(parameter, known, n=1, cutoff=0.5)
             raise MethodError(
                 f"{name}: unknown parameter {parameter!r}; it takes {', '.join(sorted(known))}."
-                + (f" Did you mean {near[0]!r}?" if near else "")
+                + (f" Did you mean {near[0]!r}?" if near else ""),
+                parameter,
             )
     try:
         return kind(**parameters)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise MethodError(f"{name}: {where} is {first['input']!r}: {first['msg']}.") from None
+        raise MethodError(f"{name}: {where} is {first['input']!r}: {first['msg']}.", str(*first["loc"][:1])) from None

@@ -12,7 +12,11 @@ from torch import Tensor
 
 
 class MethodError(ValueError):
-    """A method cannot be used as asked."""
+    """A method cannot be used as asked; ``parameter`` is the one that is wrong, if one is."""
+
+    def __init__(self, message: str, parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Module:
         kind: the module's own name, ``"q_proj"``.
         tuned: W_t [out, in], in its own dtype.
         aligned: W_a, likewise.
-        base: W_u, before alignment, likewise; None unless the method needs it.
+        base: W_u, before alignment, likewise; None unless a method of the pass needs it.
         factors: (B [out, r], A [r, in], scale) with W_t = W_a + scale B A if the tuned model is a LoRA adapter that
             changes this module; else None.
         unaligned: the weight of an aligned model broken on purpose, like base.
