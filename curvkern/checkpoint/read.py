@@ -65,7 +65,13 @@ class Checkpoint:
                 missing, not the ones its index lists, or outside its directory.
         """
         root = resolve(path)
-        found = find_weights(root, stem=stem, allow_pickle=allow_pickle)
+        try:
+            found = find_weights(root, stem=stem, allow_pickle=allow_pickle)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or root}: cannot look into it: {error.strerror}; ask for the right to read it, and "
+                "run again"
+            ) from error
         config_file = (root if root.is_dir() else root.parent) / "config.json"
         config = read_json(config_file) if config_file.exists() else {}
         shards: list[Shard] = []
@@ -135,6 +141,15 @@ class Checkpoint:
         config = self.side_files().get("config.json")
         checksum = zlib.crc32(config.read_bytes()) if config else None
         return {"files": files, "tensors": len(self.names), "config_crc32": checksum}
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on if a weight file was written to since it was opened: a few microseconds a file.
+
+        Raises:
+            CheckpointError: One was; names it.
+        """
+        for shard in self._shards.values():
+            shard.require_unchanged()
 
     def close(self) -> None:
         """Close the files; closing twice is harmless."""

@@ -74,6 +74,7 @@ class Writer:
         """
         inputs, data = {"like": like} if inputs is None else inputs, data or {}
         self._like, self._resume, self._dtype = like, resume, dtype
+        self._inputs = tuple(inputs.values())
         self._recipe = plain(recipe or {})
         paths = {role: source.path for role, source in inputs.items()} | {**data}
         self._sources = {role: source_name(path) for role, path in paths.items()}
@@ -132,7 +133,7 @@ class Writer:
 
         Raises:
             CheckpointError: Unknown or already written name, another shape or dtype than `spec`
-                says (nothing is cast here), or a full disk.
+                says (nothing is cast here), a full disk, or an input that changed meanwhile.
         """
         spec = self.spec(name)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
@@ -180,7 +181,7 @@ class Writer:
 
         Raises:
             CheckpointError: A tensor was not written, an entry is not JSON, an extra file has the name
-                of another one, or a full disk.
+                of another one, a file to copy cannot be read, an input changed, or a full disk.
         """
         missing = [name for name in self.names if name not in self._done]
         if missing:
@@ -260,6 +261,9 @@ class Writer:
                 self._complete(spec.file)
 
     def _complete(self, file: str) -> None:
+        """Note that a file is whole: of inputs that are what they were, and on the disk."""
+        for source in self._inputs:
+            source.require_unchanged()
         fd = self._open.pop(file)
         os.fsync(fd)
         os.close(fd)
@@ -275,7 +279,7 @@ class Writer:
 
     def _side_file(self, name: str, path: Path) -> bytes:
         if name != "config.json" or self._dtype is None:
-            return path.read_bytes()
+            return _contents(path)
         config = read_json(path)
         stored = str(self._dtype).removeprefix("torch.")
         for part in (config, config.get("text_config") or {}):
@@ -289,8 +293,8 @@ class Writer:
             yield
         except OSError as error:
             reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-            kept = "; finished shards are kept for resume" if self._resume else ""
-            raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{kept}") from error
+            again = "; finished shards are kept for resume: put it right and resume" if self._resume else "; run again"
+            raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{again}") from error
 
 
 def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str]) -> bytes:
@@ -300,11 +304,16 @@ def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str])
 
 
 def _fingerprint(path: Path) -> dict[str, int]:
-    try:
-        contents = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    contents = _contents(path)
     return {"bytes": len(contents), "crc32": zlib.crc32(contents)}
+
+
+def _contents(path: Path) -> bytes:
+    """A small input file; what is wrong with it is not the output's fault."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; put it right, and run again") from error
 
 
 def _allocate(fd: int, size: int) -> None:
