@@ -66,6 +66,7 @@ def restore(
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on where a killed run stopped.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Chrome trace to write; the report names the limit.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
 ) -> None:
     """Restore a fine-tuned model and write the result with a report."""
@@ -81,7 +82,7 @@ def restore(
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])
     chosen = make_recipe(values) if recipe is None else read_recipe(recipe, values)
-    report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet)
+    report = run_recipe(chosen, overwrite=overwrite, resume=resume, progress=not quiet, trace=trace)
     if not quiet:
         print_report(report)
 

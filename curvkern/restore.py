@@ -24,6 +24,7 @@ from curvkern.evidence import (
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
 from curvkern.scope import RestoreError, layer_of, select_modules
+from curvkern.trace import span, tracing
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Writer
@@ -52,6 +53,7 @@ def restore(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    trace: str | Path | None = None,
     score: Score | None = None,
     **parameters: Any,
 ) -> Report:
@@ -76,6 +78,7 @@ def restore(
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
         resume: go on where a killed run with the same recipe and inputs stopped.
         progress: show a progress bar.
+        trace: JSON file to write for chrome://tracing or Perfetto; the report then says what the pass waited for.
         score: task score of (model, tokenizer), higher is better; default: exact match of greedy answers on ``task``.
         **parameters: the method's own.
 
@@ -89,7 +92,7 @@ def restore(
     """
     values = {key: value for key, value in locals().items() if key in _RECIPE_KEYS}
     recipe = make_recipe({**values, "parameters": parameters})
-    return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, score=score)
+    return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, trace=trace, score=score)
 
 
 _RECIPE_KEYS = frozenset(
@@ -103,6 +106,7 @@ def run_recipe(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    trace: str | Path | None = None,
     score: Score | None = None,
 ) -> Report:
     """`restore`, from a `Recipe`."""
@@ -116,6 +120,7 @@ def run_recipe(
     stages = Stages()
     messages = [f"{method.name} does not look at {name}" for name in _unused(recipe, method)]
     with ExitStack() as stack:
+        traced = stack.enter_context(tracing(trace))
         with stages.stage("open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
@@ -153,6 +158,8 @@ def run_recipe(
             changes = list(_edit_all(method, plan, sweep, writer))
         with stages.stage("finish"):
             writer.copy_rest()
+        if traced is not None:
+            messages.append(traced.limit(aligned.directory / aligned.files[0], recipe.device))
         report = Report(
             method=method.name,
             source=method.source,
@@ -288,10 +295,11 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: Writer | Adapte
     from curvkern.ops import Change, change
     from curvkern.report import record_change
 
-    edit = method.edit(module, plan)
-    weight = module.tuned if edit.weight is None else edit.weight
-    stored = weight.to(module.tuned.dtype)
-    found = Change.of(change(module.aligned, module.tuned, stored))
+    with span(module.name, "compute", bytes=3 * module.tuned.nbytes):
+        edit = method.edit(module, plan)
+        weight = module.tuned if edit.weight is None else edit.weight
+        stored = weight.to(module.tuned.dtype)
+        found = Change.of(change(module.aligned, module.tuned, stored))
     if found.spread:
         raise RestoreError(
             f"restore: {method.name} made {found.spread} non-finite weights of finite ones in {module.name}; nothing "

@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "backend": ({"_C"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"backend", "kernels"}, {"torch"}),
-    "checkpoint": (set(), {"torch", "safetensors", "huggingface_hub"}),
-    "layerwise": ({"checkpoint"}, {"torch", "transformers"}),
-    "curvature": ({"backend", "ops", "layerwise"}, {"torch", "transformers", "safetensors"}),
+    "trace": (set(), {"torch"}),
+    "checkpoint": ({"trace"}, {"torch", "safetensors", "huggingface_hub"}),
+    "layerwise": ({"checkpoint", "trace"}, {"torch", "transformers"}),
+    "curvature": ({"backend", "ops", "layerwise", "trace"}, {"torch", "transformers", "safetensors"}),
     "methods": ({"ops", "curvature", "checkpoint"}, {"torch", "pydantic"}),
     "training": ({"backend", "ops"}, {"torch", "transformers"}),
     "evaluate": (set(), {"torch", "transformers"}),
-    "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
+    "report": ({"ops", "trace"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
     "recipe": (set(), {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
@@ -39,7 +40,7 @@ MAY_IMPORT = {
         {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
         {"torch", "transformers"},
     ),
-    "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress"}, {"torch"}),
+    "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress", "trace"}, {"torch"}),
     "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
     "recipe_text": ({"methods", "recipe", "evidence"}, {"pydantic", "yaml"}),
     # Makes everything it needs, as a user would: all that is public.
@@ -49,7 +50,7 @@ MAY_IMPORT = {
     ),
     # Compiles references for comparison, so it asks the registry for them; tunes kernels; makes the models of the pass.
     "bench": (
-        {"__init__", "backend", "kernels", "ops", "report"},
+        {"__init__", "backend", "kernels", "ops", "report", "curvature", "layerwise", "checkpoint", "trace"},
         {"torch", "rich", "matplotlib", "safetensors", "transformers", "tokenizers"},
     ),
     # Says where _C lies, without importing it.

@@ -20,6 +20,7 @@ from curvkern.checkpoint.locate import (
     side_files,
 )
 from curvkern.checkpoint.shard import PickleShard, SafetensorsShard, Shard
+from curvkern.trace import span
 
 
 class Checkpoint:
@@ -98,8 +99,13 @@ class Checkpoint:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """Read one tensor in its own dtype; the result shares memory with nothing."""
-        spec = self.spec(name)
-        return self._shards[spec.file].read(spec).to(device)
+        spec, place = self.spec(name), torch.device(device)
+        with span(name, "read", bytes=spec.nbytes):
+            tensor = self._shards[spec.file].read(spec)
+        if place.type == "cpu":
+            return tensor
+        with span(name, "copy", bytes=spec.nbytes):
+            return tensor.to(place)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes in order; a block is valid until the next one is asked for."""

@@ -23,6 +23,7 @@ from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
 from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
+from curvkern.trace import span
 
 _INDEX = "model.safetensors.index.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -251,7 +252,7 @@ class Writer:
         if spec.name in self._done:
             raise CheckpointError(f"{self.target}: {spec.name} is written already")
         offset = spec.offset
-        with self._disk(f"writing {spec.name} to {spec.file}"):
+        with span(spec.name, "write", bytes=spec.nbytes), self._disk(f"writing {spec.name} to {spec.file}"):
             fd = self._descriptor(spec.file)
             for block in blocks:
                 offset = _write_at(fd, block, offset)
@@ -265,7 +266,8 @@ class Writer:
         for source in self._inputs:
             source.require_unchanged()
         fd = self._open.pop(file)
-        os.fsync(fd)
+        with span(file, "write"):
+            os.fsync(fd)
         os.close(fd)
         del self._left[file]
         self._stage.record(file)
