@@ -87,11 +87,12 @@ class Trace:
         of = {what: [s for s in self.spans if s.kind in kinds] for what, kinds in _LIMITS.items()}
         busy = {what: covered((s.begin, s.end) for s in spans) for what, spans in of.items()}
         what = max(busy, key=lambda one: busy[one])
-        moved = sum(s.args.get("bytes", 0) for s in of[what])
+        moving = [s for s in of[what] if "bytes" in s.args]  # runs of the model do sums, which no byte counts
+        rate = sum(s.args["bytes"] for s in moving) / max(covered((s.begin, s.end) for s in moving), 1e-9)
         share = f"{what} was the limit: busy {100 * busy[what] / total:.0f} % of {total:.1f} s"
         others = ", ".join(f"{other} {100 * busy[other] / total:.0f} %" for other in busy if other != what)
-        rate = f"{moved / max(busy[what], 1e-9) / 1e9:.2g} GB/s"
-        return f"{share} ({others}), at {rate}; {_peak(what, first, torch.device(device))}"
+        moved = f"{'edits' if what == 'compute' else 'bytes'} went at {rate / 1e9:.2g} GB/s"
+        return f"{share} ({others}); {moved}, {_peak(what, first, torch.device(device))}"
 
 
 _current: Trace | None = None

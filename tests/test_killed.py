@@ -21,7 +21,7 @@ from curvkern.curvature.sums import Sums
 SERVER = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "curvkern.restore", "curvkern.report", "curvkern.checkpoint", "curvkern.methods", "curvkern.curvature",
-    "transformers.models.llama.modeling_llama",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto", "curvkern.evaluate",
 ]  # fmt: skip
 #: What a run has to say of itself and its time; all else must be the same bit for bit.
 TOLD = ("report.json", "curvkern.json")

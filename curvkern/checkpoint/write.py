@@ -266,7 +266,7 @@ class Writer:
         for source in self._inputs:
             source.require_unchanged()
         fd = self._open.pop(file)
-        with span(file, "write"):
+        with span(file, "write", bytes=0):
             os.fsync(fd)
         os.close(fd)
         del self._left[file]
