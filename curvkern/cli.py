@@ -190,6 +190,9 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each provider of each case.")] = 0.3,
     limit: Annotated[float, typer.Option(help="Seconds after which no case is begun.")] = float("inf"),
     pass_: Annotated[bool, typer.Option("--pass", help="The whole restoration pass instead of ops.")] = False,
+    shape: Annotated[str | None, typer.Option(help="With --pass: llama-3-8b, llama-3-70b..., weights made up.")] = None,
+    layers: Annotated[int | None, typer.Option(help="With --shape: only the first so many; the rest is told.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="With --pass: Chrome trace to write.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Earlier CSV; this machine's in benchmarks/results.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to replace, or directory for <machine>.csv.")] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
@@ -208,7 +211,7 @@ def bench(
 
     status = run(
         ops or (), dtype=dtype, size=size, device=device, backend=backend, compiled=compile_, seconds=seconds,
-        limit=limit, passes=pass_, compare=compare, csv=csv, html=html,
+        limit=limit, passes=pass_, shape=shape, layers=layers, trace=trace, compare=compare, csv=csv, html=html,
     )  # fmt: skip
     raise typer.Exit(status)
 

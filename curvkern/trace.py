@@ -119,17 +119,17 @@ def tracing(path: str | Path | None) -> Generator[Trace | None]:
         return
     if _current is not None:
         raise ValueError(f"trace: {path}: another trace is being recorded; wait for its end.")
+    path = Path(path)
     try:
-        file = Path(path).open("w", encoding="utf-8")
+        path.write_text("{}", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"trace: {path}: cannot be written: {error.strerror}; give another file.") from None
-    with file:
-        _current = found = Trace()
-        try:
-            yield found
-        finally:
-            _current = None
-            json.dump({"traceEvents": found.events(), "displayTimeUnit": "ms"}, file)
+    _current = found = Trace()
+    try:
+        yield found
+    finally:
+        _current = None
+        path.write_text(json.dumps({"traceEvents": found.events(), "displayTimeUnit": "ms"}), encoding="utf-8")
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:

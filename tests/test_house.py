@@ -40,7 +40,10 @@ MAY_IMPORT = {
         {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
         {"torch", "transformers"},
     ),
-    "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress", "trace"}, {"torch"}),
+    "restore": (
+        {"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress", "trace"},
+        {"torch"},
+    ),
     "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
     "recipe_text": ({"methods", "recipe", "evidence"}, {"pydantic", "yaml"}),
     # Makes everything it needs, as a user would: all that is public.

@@ -95,7 +95,8 @@ def read_header(path: Path, fd: int) -> Header:
     except (SafetensorError, OSError) as error:
         size = os.fstat(fd).st_size
         raise CheckpointError(
-            f"{path}: not a valid safetensors file: {error}, in {size} bytes; if it was cut short, fetch or copy it again"
+            f"{path}: not a valid safetensors file: {error}, in {size} bytes; if it was cut short, "
+            "fetch or copy it again"
         ) from error
     length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, 0), "little")
     raw = os.pread(fd, length, _LENGTH_BYTES)

@@ -216,8 +216,8 @@ def _cannot_open(path: Path, error: OSError) -> str:
 def _require_same(path: Path, then: os.stat_result, now: os.stat_result) -> None:
     if (then.st_mtime_ns, then.st_size) != (now.st_mtime_ns, now.st_size):
         raise CheckpointError(
-            f"{path}: was written to while it was read, from {then.st_size} bytes to {now.st_size}, so that old and new "
-            "weights would mix; run again once it is still"
+            f"{path}: was written to while it was read, from {then.st_size} bytes to {now.st_size}, so that old and "
+            "new weights would mix; run again once it is still"
         )
 
 

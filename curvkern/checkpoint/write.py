@@ -296,7 +296,9 @@ class Writer:
         except OSError as error:
             reason = "the disk is full" if error.errno in _FULL else error.strerror or str(error)
             again = "; finished shards are kept for resume: put it right and resume" if self._resume else "; run again"
-            raise CheckpointError(f"{self.target}: {reason}, while {doing}; nothing there was changed{again}") from error
+            raise CheckpointError(
+                f"{self.target}: {reason}, while {doing}; nothing there was changed{again}"
+            ) from error
 
 
 def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str]) -> bytes:

@@ -147,9 +147,7 @@ def test_an_adapter_that_is_written_to_meanwhile(inputs, family, monkeypatch):
     shutil.copytree(family / "adapter", inputs / "adapter")
     when_written(monkeypatch, 4, lambda: touched(inputs / "adapter" / "adapter_model.safetensors"))
     with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: was written to while it was read"):
-        curvkern.restore(
-            inputs / "aligned", inputs / "adapter", out=inputs / "new", method="merge", save="checkpoint"
-        )
+        curvkern.restore(inputs / "aligned", inputs / "adapter", out=inputs / "new", method="merge", save="checkpoint")
     assert not (inputs / "new").exists()
 
 
