@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import pickle
 import stat
@@ -14,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from curvkern.checkpoint.buffers import Buffers
 from curvkern.checkpoint.error import CheckpointError
 from curvkern.checkpoint.format import TensorSpec, read_header, tensor_bytes
 
@@ -21,8 +21,9 @@ _BLOCK = 8 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 # Larger tensors get pages of their own: what malloc keeps of them after a thread of readers would
-# exceed the memory bound. Huge pages make up for most of the page faults this costs.
-_HUGE = 8 << 20
+# exceed the memory bound.
+_LARGE = 8 << 20
+_BUFFERS = Buffers()
 
 
 class Shard(Protocol):
@@ -76,7 +77,7 @@ class SafetensorsShard:
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
         """Yield the tensor's bytes through one reused buffer of at most 8 MiB."""
-        buffer = memoryview(bytearray(min(_BLOCK, spec.nbytes)))
+        buffer = _new_bytes(min(_BLOCK, spec.nbytes)).numpy().data
         for start in range(0, spec.nbytes, _BLOCK):
             block = buffer[: min(_BLOCK, spec.nbytes - start)]
             self._fill(block, spec.offset + start)
@@ -222,9 +223,4 @@ def _require_same(path: Path, then: os.stat_result, now: os.stat_result) -> None
 
 
 def _new_bytes(count: int) -> torch.Tensor:
-    if count < _HUGE:
-        return torch.empty(count, dtype=torch.uint8)
-    area = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=torch.uint8)
+    return _BUFFERS.take(count) if count >= _LARGE else torch.empty(count, dtype=torch.uint8)

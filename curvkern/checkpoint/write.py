@@ -8,7 +8,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
 from curvkern.checkpoint.card import as_json, describe, model_card, plain, versions
 from curvkern.checkpoint.error import CheckpointError, listed
+from curvkern.checkpoint.flush import Flush
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
@@ -91,6 +92,7 @@ class Writer:
             "software": versions()["curvkern"],
         }
         self._open: dict[str, int] = {}
+        self._flush = Flush()
         self._finished = False
         with self._disk("making the output directory"):
             self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
@@ -205,6 +207,8 @@ class Writer:
 
     def abort(self) -> None:
         """Give up: ``OUT`` stays as it was; ``OUT.partial`` is kept only for a run to resume."""
+        with suppress(OSError):
+            self._flush.wait()
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -256,6 +260,7 @@ class Writer:
             fd = self._descriptor(spec.file)
             for block in blocks:
                 offset = _write_at(fd, block, offset)
+            self._flush.wrote(fd, spec.nbytes)
             self._done.add(spec.name)
             self._left[spec.file].remove(spec.name)
             if not self._left[spec.file]:
@@ -265,10 +270,11 @@ class Writer:
         """Note that a file is whole: of inputs that are what they were, and on the disk."""
         for source in self._inputs:
             source.require_unchanged()
-        fd = self._open.pop(file)
+        fd = self._open[file]
         with span(file, "write", bytes=0):
+            self._flush.wait()
             os.fsync(fd)
-        os.close(fd)
+        os.close(self._open.pop(file))
         del self._left[file]
         self._stage.record(file)
 
