@@ -8,6 +8,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Generator, Iterable, Mapping, Set
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +94,8 @@ class Writer:
         }
         self._open: dict[str, int] = {}
         self._flush = Flush()
+        self._pool = ThreadPoolExecutor(1, "curvkern-write")
+        self._ahead: Future[None] | None = None
         self._finished = False
         with self._disk("making the output directory"):
             self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
@@ -127,16 +130,17 @@ class Writer:
         return {name: note for name, note in self._stage.notes.items() if name in self._done}
 
     def write(self, name: str, tensor: torch.Tensor, note: Mapping[str, Any] | None = None) -> None:
-        """Write one tensor to its place.
+        """Write one tensor to its place; returns while it is still on its way.
 
         Args:
             name: One of `names`.
-            tensor: What to store.
+            tensor: What to store; not to be changed before the next call.
             note: What a resumed run should know of it, as JSON; see `notes`.
 
         Raises:
             CheckpointError: Unknown or already written name, another shape or dtype than `spec`
-                says (nothing is cast here), a full disk, or an input that changed meanwhile.
+                says (nothing is cast here), an input that changed meanwhile, or a full disk, now or at the
+                tensor before.
         """
         spec = self.spec(name)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
@@ -203,10 +207,14 @@ class Writer:
             for name, contents in {**own, **extra, RECORD: record}.items():
                 self._stage.write(name, contents)
             self._stage.publish()
+        self._pool.shutdown()
         self._finished = True
 
     def abort(self) -> None:
         """Give up: ``OUT`` stays as it was; ``OUT.partial`` is kept only for a run to resume."""
+        with suppress(OSError, CheckpointError):
+            self._await()
+        self._pool.shutdown()
         with suppress(OSError):
             self._flush.wait()
         for fd in self._open.values():
@@ -255,28 +263,39 @@ class Writer:
     def _put(self, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
         if spec.name in self._done:
             raise CheckpointError(f"{self.target}: {spec.name} is written already")
+        self._await()
+        fd = self._descriptor(spec.file)
+        self._ahead = self._pool.submit(self._write, fd, spec, blocks)
+        self._done.add(spec.name)
+        self._left[spec.file].remove(spec.name)
+        if not self._left[spec.file]:
+            self._await()
+            self._complete(spec.file)
+
+    def _write(self, fd: int, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
+        """On a thread of its own, while the caller makes the next tensor."""
         offset = spec.offset
         with span(spec.name, "write", bytes=spec.nbytes), self._disk(f"writing {spec.name} to {spec.file}"):
-            fd = self._descriptor(spec.file)
             for block in blocks:
                 offset = _write_at(fd, block, offset)
             self._flush.wrote(fd, spec.nbytes)
-            self._done.add(spec.name)
-            self._left[spec.file].remove(spec.name)
-            if not self._left[spec.file]:
-                self._complete(spec.file)
+
+    def _await(self) -> None:
+        """Wait for the tensor that is being written; what went wrong with it is raised here."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()
 
     def _complete(self, file: str) -> None:
         """Note that a file is whole: of inputs that are what they were, and on the disk."""
         for source in self._inputs:
             source.require_unchanged()
-        fd = self._open[file]
-        with span(file, "write", bytes=0):
+        with span(file, "write", bytes=0), self._disk(f"bringing {file} onto the disk"):
             self._flush.wait()
-            os.fsync(fd)
-        os.close(self._open.pop(file))
-        del self._left[file]
-        self._stage.record(file)
+            os.fsync(self._open[file])
+            os.close(self._open.pop(file))
+            del self._left[file]
+            self._stage.record(file)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
