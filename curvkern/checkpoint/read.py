@@ -101,7 +101,7 @@ class Checkpoint:
         """Read one tensor in its own dtype; the result shares memory with nothing."""
         spec, place = self.spec(name), torch.device(device)
         with span(name, "read", bytes=spec.nbytes):
-            tensor = self._shards[spec.file].read(spec)
+            tensor = self._shards[spec.file].read(spec, pinned=place.type == "cuda")
         if place.type == "cpu":
             return tensor
         with span(name, "copy", bytes=spec.nbytes):

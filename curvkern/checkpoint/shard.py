@@ -33,8 +33,8 @@ class Shard(Protocol):
     specs: tuple[TensorSpec, ...]
     metadata: dict[str, str]
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor."""
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor; pinned, if it can be, where it goes on to a GPU."""
         ...
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
@@ -69,9 +69,9 @@ class SafetensorsShard:
             raise
         self.specs, self.metadata, self._header_crc32 = header.specs, header.metadata, header.crc32
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor in its own dtype."""
-        flat = _new_bytes(spec.nbytes)
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype; pinned memory is what a GPU copies from at full rate."""
+        flat = torch.empty(spec.nbytes, dtype=torch.uint8, pin_memory=True) if pinned else _new_bytes(spec.nbytes)
         self._fill(flat.numpy().data, spec.offset)
         return flat.view(spec.dtype).view(spec.shape)
 
@@ -144,8 +144,8 @@ class PickleShard:
             for name, t in self._tensors.items()
         )
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor in its own dtype."""
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype, not pinned."""
         return self._tensors[spec.name].clone(memory_format=torch.contiguous_format)
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
