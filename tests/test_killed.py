@@ -113,7 +113,7 @@ def test_killed_at_random_steps_then_resumed(runs):
     assert steps > 60
     assert sum(name.endswith(".safetensors") for name in wanted) == 3
     moments = random.Random(0)
-    shares = 4 if run.method == "ascent" else 7  # which loads a model for each life
+    shares = 4 if run.method == "ascent" else 6  # which loads a model for each life
     parts = [moments.randint(1 + steps * k // shares, steps * (k + 1) // shares) for k in range(shares)]
     for step in sorted({*parts, steps - 2, steps}):  # one in each part of the run, and about the rename at its end
         place = f"at{step:04d}"

@@ -154,7 +154,8 @@ class Loader:
                 read.nbytes += sum(self._source.spec(name).nbytes for name in tensors)
                 read.tensors |= self._made(fill, tensors)
             if self._stream is not None:
-                read.ready = self._stream.record_event()
+                read.ready = torch.cuda.Event()
+                read.ready.record(self._stream)
         read.seconds = time.perf_counter() - begun
         return read
 
