@@ -70,6 +70,7 @@ def restore(
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on where a killed run stopped.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Chrome trace to write; the report names the limit.")] = None,
     quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
 ) -> None:
     """Restore a fine-tuned model and write the result with a report."""
@@ -85,7 +86,8 @@ def restore(
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])
     chosen = make_recipe(values) if recipe is None else read_recipe(recipe, values)
-    for report in run_recipes(each_method(chosen), overwrite=overwrite, resume=resume, progress=not quiet):
+    parts = each_method(chosen)
+    for report in run_recipes(parts, overwrite=overwrite, resume=resume, progress=not quiet, trace=trace):
         if not quiet:
             print_report(report)
 
@@ -221,6 +223,9 @@ def bench(
     seconds: Annotated[float, typer.Option(help="For each provider of each case.")] = 0.3,
     limit: Annotated[float, typer.Option(help="Seconds after which no case is begun.")] = float("inf"),
     pass_: Annotated[bool, typer.Option("--pass", help="The whole restoration pass instead of ops.")] = False,
+    shape: Annotated[str | None, typer.Option(help="With --pass: llama-3-8b, llama-3-70b..., weights made up.")] = None,
+    layers: Annotated[int | None, typer.Option(help="With --shape: only the first so many; the rest is told.")] = None,
+    trace: Annotated[Path | None, typer.Option(help="With --pass: Chrome trace to write.")] = None,
     compare: Annotated[Path | None, typer.Option(help="Earlier CSV; this machine's in benchmarks/results.")] = None,
     csv: Annotated[Path | None, typer.Option(help="File to replace, or directory for <machine>.csv.")] = None,
     html: Annotated[Path | None, typer.Option(help="Page to write.")] = None,
@@ -239,7 +244,7 @@ def bench(
 
     status = run(
         ops or (), dtype=dtype, size=size, device=device, backend=backend, compiled=compile_, seconds=seconds,
-        limit=limit, passes=pass_, compare=compare, csv=csv, html=html,
+        limit=limit, passes=pass_, shape=shape, layers=layers, trace=trace, compare=compare, csv=csv, html=html,
     )  # fmt: skip
     raise typer.Exit(status)
 

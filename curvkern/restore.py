@@ -16,6 +16,7 @@ from curvkern.part import Part
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
 from curvkern.scope import RestoreError, layer_of
+from curvkern.trace import span, tracing
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import AdapterWriter, Bundle, DeltaWriter, Writer
@@ -46,6 +47,7 @@ def restore(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    trace: str | Path | None = None,
     score: Score | None = None,
     **parameters: Any,
 ) -> Report:
@@ -71,6 +73,7 @@ def restore(
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
         resume: go on where a killed run with the same recipe and inputs stopped.
         progress: show a progress bar.
+        trace: JSON file to write for chrome://tracing or Perfetto; the report then says what the pass waited for.
         score: task score of (model, tokenizer), higher is better; default: exact match of greedy answers on ``task``.
         **parameters: the method's own.
 
@@ -84,7 +87,7 @@ def restore(
     """
     values = {key: value for key, value in locals().items() if key in _RECIPE_KEYS}
     recipe = make_recipe({**values, "parameters": parameters})
-    return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, score=score)
+    return run_recipe(recipe, overwrite=overwrite, resume=resume, progress=progress, trace=trace, score=score)
 
 
 _RECIPE_KEYS = frozenset(
@@ -98,10 +101,11 @@ def run_recipe(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    trace: str | Path | None = None,
     score: Score | None = None,
 ) -> Report:
     """`restore`, from a `Recipe`."""
-    return run_recipes([recipe], overwrite=overwrite, resume=resume, progress=progress, score=score)[0]
+    return run_recipes([recipe], overwrite=overwrite, resume=resume, progress=progress, trace=trace, score=score)[0]
 
 
 def run_recipes(
@@ -110,6 +114,7 @@ def run_recipes(
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
+    trace: str | Path | None = None,
     score: Score | None = None,
 ) -> list[Report]:
     """`restore`, from recipes that differ in method, parameters and ``out`` alone, such as those of `each_method`.
@@ -124,6 +129,7 @@ def run_recipes(
     recipe, needs = recipes[0], frozenset[str]().union(*(part.method.needs for part in parts))
     _check_device(recipe.device)
     with ExitStack() as stack:
+        traced = stack.enter_context(tracing(trace))
         with _shared(parts, "open"):
             aligned = stack.enter_context(Checkpoint.open(recipe.aligned))
             tuned = stack.enter_context(open_tuned(recipe.tuned, aligned))
@@ -148,6 +154,8 @@ def run_recipes(
         for part in parts:
             with part.stages.stage("finish"):
                 part.writer.copy_rest()
+            if traced is not None:
+                part.messages.append(traced.limit(aligned.directory / aligned.files[0], recipe.device))
         return [part.finish() for part in parts]
 
 
@@ -261,10 +269,11 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: AnyWriter) -> M
     from curvkern.ops import Change, change
     from curvkern.report import record_change
 
-    edit = method.edit(module, plan)
-    weight = module.tuned if edit.weight is None else edit.weight
-    stored = weight.to(module.tuned.dtype)
-    found = Change.of(change(module.aligned, module.tuned, stored))
+    with span(module.name, "compute", bytes=3 * module.tuned.nbytes):
+        edit = method.edit(module, plan)
+        weight = module.tuned if edit.weight is None else edit.weight
+        stored = weight.to(module.tuned.dtype)
+        found = Change.of(change(module.aligned, module.tuned, stored))
     if found.spread:
         raise RestoreError(
             f"restore: {method.name} made {found.spread} non-finite weights of finite ones in {module.name}; nothing "

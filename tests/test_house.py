@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "backend": ({"_C"}, {"torch"}),
     "kernels": (set(), {"torch", "triton"}),
     "ops": ({"backend", "kernels"}, {"torch"}),
-    "checkpoint": (set(), {"torch", "safetensors", "huggingface_hub"}),
-    "layerwise": ({"checkpoint"}, {"torch", "transformers"}),
-    "curvature": ({"backend", "ops", "layerwise"}, {"torch", "transformers", "safetensors"}),
+    "trace": (set(), {"torch"}),
+    "checkpoint": ({"trace"}, {"torch", "safetensors", "huggingface_hub"}),
+    "layerwise": ({"checkpoint", "trace"}, {"torch", "transformers"}),
+    "curvature": ({"backend", "ops", "layerwise", "trace"}, {"torch", "transformers", "safetensors"}),
     "methods": ({"ops", "curvature", "checkpoint"}, {"torch", "pydantic"}),
     "training": ({"backend", "ops"}, {"torch", "transformers"}),
     "evaluate": (set(), {"torch", "transformers"}),
-    "report": ({"ops"}, {"torch", "rich", "jinja2", "matplotlib"}),
+    "report": ({"ops", "trace"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
     "recipe": ({"methods"}, {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     ),
     "part": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope"}, set()),
     "restore": (
-        {"checkpoint", "methods", "evidence", "ops", "part", "report", "recipe", "scope", "progress"},
+        {"checkpoint", "methods", "evidence", "ops", "part", "report", "recipe", "scope", "progress", "trace"},
         {"torch"},
     ),
     "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     ),
     # Compiles references for comparison, so it asks the registry for them; tunes kernels; makes the models of the pass.
     "bench": (
-        {"__init__", "backend", "kernels", "ops", "report"},
+        {"__init__", "backend", "kernels", "ops", "report", "curvature", "layerwise", "checkpoint", "trace"},
         {"torch", "rich", "matplotlib", "safetensors", "transformers", "tokenizers"},
     ),
     # Says where _C lies, without importing it.

@@ -20,7 +20,9 @@ from curvkern.bench.page import write_page
 from curvkern.bench.passes import measure_passes
 from curvkern.bench.providers import Provider, missing_peers, providers
 from curvkern.bench.results import Row, read_csv, regressions, scaled, with_ratios, write_csv
+from curvkern.bench.shapes import measure_shape
 from curvkern.bench.table import Printer
+from curvkern.trace import tracing
 
 RESULTS = Path("benchmarks/results")
 
@@ -38,6 +40,9 @@ def run(
     seconds: float = 0.3,
     limit: float = float("inf"),
     passes: bool = False,
+    shape: str | None = None,
+    layers: int | None = None,
+    trace: Path | None = None,
     compare: Path | None = None,
     csv: Path | None = None,
     html: Path | None = None,
@@ -55,6 +60,9 @@ def run(
         seconds: for each provider of each case.
         limit: begin no case after so many seconds.
         passes: measure the restoration pass instead of ops.
+        shape: with ``passes``, a layer-by-layer pass over a made-up model of a key of `shapes.LLAMAS`.
+        layers: of that model, run only the first so many, and say what all would take.
+        trace: with ``passes``, JSON file of spans to write.
         compare: an earlier CSV; None: that of this machine in benchmarks/results, if there is one.
         csv: file to replace, or a directory for ``<machine>.csv`` (``<machine>-pass.csv``).
         html: page to write.
@@ -64,9 +72,11 @@ def run(
         Exit status: 1 if a result of ours was wrong or a time became worse than in ``compare``.
 
     Raises:
-        ValueError: no such op, dtype or size, or no case of them.
+        ValueError: no such op, dtype, size or shape, or no case of them; what belongs to a pass without ``passes``.
         FileNotFoundError: no file at ``compare``.
     """
+    if not passes and (shape or layers or trace):
+        raise ValueError("bench: shape, layers and trace are of a pass; add --pass.")
     begin = time.perf_counter()
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = size or ("m" if where.type == "cuda" else "s")
@@ -79,14 +89,17 @@ def run(
 
     printer = Printer(console, machine)
     measured = measure_all(chosen, machine, backend, compiled, seconds)
+    if passes:
+        measured = measure_shape(machine, shape, layers) if shape else measure_passes(machine, size, seconds)
     rows: list[Row] = []
     done = 0
-    for group in measure_passes(machine, size, seconds) if passes else measured:
-        printer.show(group, regressions(before, group))
-        rows += group
-        done += 1
-        if time.perf_counter() - begin > limit:
-            break
+    with tracing(trace):
+        for group in measured:
+            printer.show(group, regressions(before, group))
+            rows += group
+            done += 1
+            if time.perf_counter() - begin > limit:
+                break
     notes = [] if passes else [f"not installed, so not measured: {name}" for name in missing_peers()]
     notes += [] if passes or compiled else ["not asked for: torch.compile (--compile)"]
     notes += [f"out of time: {len(chosen) - done} cases left out"] if done < len(chosen) else []

@@ -131,6 +131,10 @@ class Adapter:
         patterns = {k: self.config.get(k) or {} for k in ("rank_pattern", "alpha_pattern")}
         return self.weights.fingerprint() | settings | patterns
 
+    def require_unchanged(self) -> None:
+        """As `Checkpoint.require_unchanged`."""
+        self.weights.require_unchanged()
+
     def close(self) -> None:
         """Close the adapter's file."""
         self.weights.close()

@@ -22,11 +22,20 @@ def fingerprint(source: Source | Adapter | Path) -> dict[str, Any]:
     """
     if not isinstance(source, Path):
         return source.fingerprint()
+    whole = contents(source)
+    return {"bytes": len(whole), "crc32": zlib.crc32(whole)}
+
+
+def contents(path: Path) -> bytes:
+    """A small input file; what is wrong with it is not the output's fault.
+
+    Raises:
+        CheckpointError: It cannot be read.
+    """
     try:
-        contents = source.read_bytes()
+        return path.read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror}") from error
-    return {"bytes": len(contents), "crc32": zlib.crc32(contents)}
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}; put it right, and run again") from error
 
 
 def require_recorded(recorded: Mapping[str, Mapping[str, Any]], inputs: Mapping[str, Source | Adapter | Path]) -> None:

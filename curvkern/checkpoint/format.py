@@ -93,7 +93,11 @@ def read_header(path: Path, fd: int) -> Header:
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a valid safetensors file: {error}") from error
+        size = os.fstat(fd).st_size
+        raise CheckpointError(
+            f"{path}: not a valid safetensors file: {error}, in {size} bytes; if it was cut short, "
+            "fetch or copy it again"
+        ) from error
     length = int.from_bytes(os.pread(fd, _LENGTH_BYTES, 0), "little")
     raw = os.pread(fd, length, _LENGTH_BYTES)
     entries: dict[str, Any] = json.loads(raw)

@@ -20,6 +20,7 @@ from curvkern.checkpoint.locate import (
     side_files,
 )
 from curvkern.checkpoint.shard import PickleShard, SafetensorsShard, Shard
+from curvkern.trace import span
 
 
 class Checkpoint:
@@ -65,7 +66,13 @@ class Checkpoint:
                 missing, not the ones its index lists, or outside its directory.
         """
         root = resolve(path)
-        found = find_weights(root, stem=stem, allow_pickle=allow_pickle)
+        try:
+            found = find_weights(root, stem=stem, allow_pickle=allow_pickle)
+        except OSError as error:
+            raise CheckpointError(
+                f"{error.filename or root}: cannot look into it: {error.strerror}; ask for the right to read it, and "
+                "run again"
+            ) from error
         config_file = (root if root.is_dir() else root.parent) / "config.json"
         config = read_json(config_file) if config_file.exists() else {}
         shards: list[Shard] = []
@@ -92,8 +99,13 @@ class Checkpoint:
 
     def read(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
         """Read one tensor in its own dtype; the result shares memory with nothing."""
-        spec = self.spec(name)
-        return self._shards[spec.file].read(spec).to(device)
+        spec, place = self.spec(name), torch.device(device)
+        with span(name, "read", bytes=spec.nbytes):
+            tensor = self._shards[spec.file].read(spec, pinned=place.type == "cuda")
+        if place.type == "cpu":
+            return tensor
+        with span(name, "copy", bytes=spec.nbytes):
+            return tensor.to(place)
 
     def blocks(self, name: str) -> Iterator[memoryview]:
         """Yield a tensor's bytes in order; a block is valid until the next one is asked for."""
@@ -135,6 +147,15 @@ class Checkpoint:
         config = self.side_files().get("config.json")
         checksum = zlib.crc32(config.read_bytes()) if config else None
         return {"files": files, "tensors": len(self.names), "config_crc32": checksum}
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on if a weight file was written to since it was opened: a few microseconds a file.
+
+        Raises:
+            CheckpointError: One was; names it.
+        """
+        for shard in self._shards.values():
+            shard.require_unchanged()
 
     def close(self) -> None:
         """Close the files; closing twice is harmless."""

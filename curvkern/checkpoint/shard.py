@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
+import errno
 import os
 import pickle
 import stat
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from curvkern.checkpoint.buffers import Buffers
 from curvkern.checkpoint.error import CheckpointError
 from curvkern.checkpoint.format import TensorSpec, read_header, tensor_bytes
 
@@ -20,8 +21,9 @@ _BLOCK = 8 << 20
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096
 # Larger tensors get pages of their own: what malloc keeps of them after a thread of readers would
-# exceed the memory bound. Huge pages make up for most of the page faults this costs.
-_HUGE = 8 << 20
+# exceed the memory bound.
+_LARGE = 8 << 20
+_BUFFERS = Buffers()
 
 
 class Shard(Protocol):
@@ -31,8 +33,8 @@ class Shard(Protocol):
     specs: tuple[TensorSpec, ...]
     metadata: dict[str, str]
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor."""
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor; pinned, if it can be, where it goes on to a GPU."""
         ...
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
@@ -41,6 +43,10 @@ class Shard(Protocol):
 
     def fingerprint(self) -> dict[str, int]:
         """Return what tells this file from another, cheaply."""
+        ...
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that somebody wrote to since it was opened."""
         ...
 
     def close(self) -> None:
@@ -54,7 +60,8 @@ class SafetensorsShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         _require_regular(path)
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._fd = _opened(path)
+        self._opened = os.fstat(self._fd)
         try:
             header = read_header(path, self._fd)
         except BaseException:
@@ -62,15 +69,15 @@ class SafetensorsShard:
             raise
         self.specs, self.metadata, self._header_crc32 = header.specs, header.metadata, header.crc32
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor in its own dtype."""
-        flat = _new_bytes(spec.nbytes)
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype; pinned memory is what a GPU copies from at full rate."""
+        flat = torch.empty(spec.nbytes, dtype=torch.uint8, pin_memory=True) if pinned else _new_bytes(spec.nbytes)
         self._fill(flat.numpy().data, spec.offset)
         return flat.view(spec.dtype).view(spec.shape)
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
         """Yield the tensor's bytes through one reused buffer of at most 8 MiB."""
-        buffer = memoryview(bytearray(min(_BLOCK, spec.nbytes)))
+        buffer = _new_bytes(min(_BLOCK, spec.nbytes)).numpy().data
         for start in range(0, spec.nbytes, _BLOCK):
             block = buffer[: min(_BLOCK, spec.nbytes - start)]
             self._fill(block, spec.offset + start)
@@ -89,6 +96,14 @@ class SafetensorsShard:
         size = os.fstat(self._fd).st_size
         return {"bytes": size, "header_crc32": self._header_crc32, "sample_crc32": sampled}
 
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened; one put in its place does no harm.
+
+        Raises:
+            CheckpointError: It was.
+        """
+        _require_same(self.path, self._opened, os.fstat(self._fd))
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         if self._fd >= 0:
@@ -103,9 +118,15 @@ class SafetensorsShard:
             try:
                 got = os.preadv(self._fd, [view[done : done + _BLOCK]], offset + done)
             except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot read: {error.strerror}") from error
+                raise CheckpointError(
+                    f"{self.path}: cannot read {len(view)} bytes at {offset}: {error.strerror}; look after its disk or "
+                    "mount, and run again"
+                ) from error
             if got == 0:
-                raise CheckpointError(f"{self.path}: ends at byte {offset + done}: it was cut short")
+                raise CheckpointError(
+                    f"{self.path}: was cut short while it was read: ends at byte {os.fstat(self._fd).st_size}, wanted "
+                    f"{offset + len(view)}; fetch or copy it again, and run again"
+                )
             done += got
 
 
@@ -115,6 +136,7 @@ class PickleShard:
     def __init__(self, path: Path) -> None:
         self.path = path
         _require_regular(path)
+        self._opened = path.stat()
         self._tensors = _load_pickle(path)
         self.metadata: dict[str, str] = {}
         self.specs = tuple(
@@ -122,8 +144,8 @@ class PickleShard:
             for name, t in self._tensors.items()
         )
 
-    def read(self, spec: TensorSpec) -> torch.Tensor:
-        """Return a fresh CPU tensor in its own dtype."""
+    def read(self, spec: TensorSpec, *, pinned: bool = False) -> torch.Tensor:
+        """Return a fresh CPU tensor in its own dtype, not pinned."""
         return self._tensors[spec.name].clone(memory_format=torch.contiguous_format)
 
     def blocks(self, spec: TensorSpec) -> Iterator[memoryview]:
@@ -136,6 +158,15 @@ class PickleShard:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - (1 << 20)))
             return {"bytes": size, "tail_crc32": zlib.crc32(file.read())}
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was mapped.
+
+        Raises:
+            CheckpointError: It was.
+        """
+        _require_regular(self.path)
+        _require_same(self.path, self._opened, self.path.stat())
 
     def close(self) -> None:
         """Drop the mapping."""
@@ -164,15 +195,32 @@ def _require_regular(path: Path) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot open: {error.strerror}") from error
+        raise CheckpointError(_cannot_open(path, error)) from error
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: not a regular file")
+        kind = "directory" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise CheckpointError(f"{path}: is a {kind}, not a regular file; wanted weights: fetch or copy the file again")
+
+
+def _opened(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError(_cannot_open(path, error)) from error
+
+
+def _cannot_open(path: Path, error: OSError) -> str:
+    cures = {errno.ENOENT: "fetch or copy the missing file", errno.EACCES: "ask for the right to read it"}
+    cure = cures.get(error.errno or 0, "look after its disk or mount")
+    return f"{path}: cannot open this weight file: {error.strerror}; {cure}, and run again"
+
+
+def _require_same(path: Path, then: os.stat_result, now: os.stat_result) -> None:
+    if (then.st_mtime_ns, then.st_size) != (now.st_mtime_ns, now.st_size):
+        raise CheckpointError(
+            f"{path}: was written to while it was read, from {then.st_size} bytes to {now.st_size}, so that old and "
+            "new weights would mix; run again once it is still"
+        )
 
 
 def _new_bytes(count: int) -> torch.Tensor:
-    if count < _HUGE:
-        return torch.empty(count, dtype=torch.uint8)
-    area = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(area, dtype=torch.uint8)
+    return _BUFFERS.take(count) if count >= _LARGE else torch.empty(count, dtype=torch.uint8)

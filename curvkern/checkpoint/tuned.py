@@ -89,6 +89,11 @@ class TunedView:
         """Return the fingerprints of both parts."""
         return {"aligned": self.aligned.fingerprint(), "adapter": self.adapter.fingerprint()}
 
+    def require_unchanged(self) -> None:
+        """As `Checkpoint.require_unchanged`, of both parts."""
+        self.aligned.require_unchanged()
+        self.adapter.require_unchanged()
+
     def close(self) -> None:
         """Close the adapter; the aligned checkpoint belongs to whoever opened it."""
         self.adapter.close()

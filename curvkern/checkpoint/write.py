@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Set
-from contextlib import AbstractContextManager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,11 +19,13 @@ from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
 from curvkern.checkpoint.card import as_json, describe, model_card, plain, versions
 from curvkern.checkpoint.error import CheckpointError, listed, on_disk
-from curvkern.checkpoint.fingerprint import fingerprint
+from curvkern.checkpoint.fingerprint import contents, fingerprint
+from curvkern.checkpoint.flush import Flush
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
 from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
+from curvkern.trace import span
 
 _INDEX = "model.safetensors.index.json"
 # What file systems without preallocation answer.
@@ -73,6 +76,7 @@ class Writer:
         """
         inputs, data = {"like": like} if inputs is None else inputs, data or {}
         self._like, self._resume, self._dtype = like, resume, dtype
+        self._inputs = tuple(inputs.values())
         self._recipe = plain(recipe or {})
         paths = {role: source.path for role, source in inputs.items()} | {**data}
         self._sources = {role: source_name(path) for role, path in paths.items()}
@@ -87,6 +91,9 @@ class Writer:
             "software": versions()["curvkern"],
         }
         self._open: dict[str, int] = {}
+        self._flush = Flush()
+        self._pool = ThreadPoolExecutor(1, "curvkern-write")
+        self._ahead: Future[None] | None = None
         self._finished = False
         with self._disk("making the output directory"):
             self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
@@ -121,16 +128,17 @@ class Writer:
         return {name: note for name, note in self._stage.notes.items() if name in self._done}
 
     def write(self, name: str, tensor: torch.Tensor, note: Mapping[str, Any] | None = None) -> None:
-        """Write one tensor to its place.
+        """Write one tensor to its place; returns while it is still on its way.
 
         Args:
             name: One of `names`.
-            tensor: What to store.
+            tensor: What to store; not to be changed before the next call.
             note: What a resumed run should know of it, as JSON; see `notes`.
 
         Raises:
             CheckpointError: Unknown or already written name, another shape or dtype than `spec`
-                says (nothing is cast here), or a full disk.
+                says (nothing is cast here), an input that changed meanwhile, or a full disk, now or at the
+                tensor before.
         """
         spec = self.spec(name)
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
@@ -178,7 +186,7 @@ class Writer:
 
         Raises:
             CheckpointError: A tensor was not written, an entry is not JSON, an extra file has the name
-                of another one, or a full disk.
+                of another one, a file to copy cannot be read, an input changed, or a full disk.
         """
         missing = [name for name in self.names if name not in self._done]
         if missing:
@@ -197,10 +205,16 @@ class Writer:
             for name, contents in {**own, **extra, RECORD: record}.items():
                 self._stage.write(name, contents)
             self._stage.publish()
+        self._pool.shutdown()
         self._finished = True
 
     def abort(self) -> None:
         """Give up: ``OUT`` stays as it was; ``OUT.partial`` is kept only for a run to resume."""
+        with suppress(OSError, CheckpointError):
+            self._await()
+        self._pool.shutdown()
+        with suppress(OSError):
+            self._flush.wait()
         for fd in self._open.values():
             os.close(fd)
         self._open.clear()
@@ -247,22 +261,39 @@ class Writer:
     def _put(self, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
         if spec.name in self._done:
             raise CheckpointError(f"{self.target}: {spec.name} is written already")
+        self._await()
+        fd = self._descriptor(spec.file)
+        self._ahead = self._pool.submit(self._write, fd, spec, blocks)
+        self._done.add(spec.name)
+        self._left[spec.file].remove(spec.name)
+        if not self._left[spec.file]:
+            self._await()
+            self._complete(spec.file)
+
+    def _write(self, fd: int, spec: TensorSpec, blocks: Iterable[memoryview]) -> None:
+        """On a thread of its own, while the caller makes the next tensor."""
         offset = spec.offset
-        with self._disk(f"writing {spec.name} to {spec.file}"):
-            fd = self._descriptor(spec.file)
+        with span(spec.name, "write", bytes=spec.nbytes), self._disk(f"writing {spec.name} to {spec.file}"):
             for block in blocks:
                 offset = _write_at(fd, block, offset)
-            self._done.add(spec.name)
-            self._left[spec.file].remove(spec.name)
-            if not self._left[spec.file]:
-                self._complete(spec.file)
+            self._flush.wrote(fd, spec.nbytes)
+
+    def _await(self) -> None:
+        """Wait for the tensor that is being written; what went wrong with it is raised here."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()
 
     def _complete(self, file: str) -> None:
-        fd = self._open.pop(file)
-        os.fsync(fd)
-        os.close(fd)
-        del self._left[file]
-        self._stage.record(file)
+        """Note that a file is whole: of inputs that are what they were, and on the disk."""
+        for source in self._inputs:
+            source.require_unchanged()
+        with span(file, "write", bytes=0), self._disk(f"bringing {file} onto the disk"):
+            self._flush.wait()
+            os.fsync(self._open[file])
+            os.close(self._open.pop(file))
+            del self._left[file]
+            self._stage.record(file)
 
     def _descriptor(self, file: str) -> int:
         if file not in self._open:
@@ -273,7 +304,7 @@ class Writer:
 
     def _side_file(self, name: str, path: Path) -> bytes:
         if name != "config.json" or self._dtype is None:
-            return path.read_bytes()
+            return contents(path)
         config = read_json(path)
         stored = str(self._dtype).removeprefix("torch.")
         for part in (config, config.get("text_config") or {}):
@@ -281,7 +312,8 @@ class Writer:
         return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
     def _disk(self, doing: str) -> AbstractContextManager[None]:
-        return on_disk(self.target, doing, "; finished shards are kept for resume" if self._resume else "")
+        again = "; finished shards are kept for resume: put it right and resume" if self._resume else "; run again"
+        return on_disk(self.target, doing, again)
 
 
 def _extra_file(target: Path, name: str, contents: str | bytes, taken: Set[str]) -> bytes:

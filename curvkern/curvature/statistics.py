@@ -160,7 +160,12 @@ class Statistics:
         return found
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; what was there is replaced when the new file is whole."""
+        """Write one safetensors file; what was there is replaced when the new file is whole.
+
+        Raises:
+            CurvatureError: it cannot be written, as on a full disk; what was there stays.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         every = {f"{q}/{name}": t for q, of in self.sums.items() for name, t in of.items()}
@@ -174,6 +179,8 @@ class Statistics:
         try:
             save_file(tensors, part, metadata={"curvkern": json.dumps(meta)})
             part.replace(path)
+        except (OSError, SafetensorError) as error:
+            raise CurvatureError(f"{path}: statistics cannot be written: {error}; make room, and run again") from error
         finally:
             part.unlink(missing_ok=True)
 

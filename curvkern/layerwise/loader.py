@@ -37,11 +37,12 @@ class Traffic:
 
 @dataclass
 class _Read:
-    """A layer's weights on the device, and what they cost."""
+    """A layer's weights on the device, what they cost and, on a GPU, when they will be there."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     seconds: float = 0.0
     nbytes: int = 0
+    ready: torch.cuda.Event | None = None
 
 
 class Loader:
@@ -69,6 +70,8 @@ class Loader:
         self._model = model
         self._source = source
         self._device = device
+        # Layers run on the caller's stream; weights come on one of their own meanwhile.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._state: dict[str, Tensor] = model.state_dict()
         self._dtypes = wanted_dtypes(model, self._state)
         self._outside: list[Fill] = []
@@ -93,7 +96,7 @@ class Loader:
 
     def load_outside(self) -> None:
         """Load what lies outside the decoder layers, for good, and tie what is tied."""
-        tensors = self._read(self._outside).tensors
+        tensors = self._arrived(self._read(self._outside))
         inside = {name for fills in self._layers for fill in fills for name in fill.targets}
         missing = self._state.keys() - inside - set(self._put(tensors))
         self._model.tie_weights(missing_keys=missing, recompute_mapping=False)
@@ -131,15 +134,28 @@ class Loader:
         self.traffic.loading += read.seconds
         self.traffic.bytes_read += read.nbytes
         self.traffic.reads[layer] += 1
+        return self._arrived(read)
+
+    def _arrived(self, read: _Read) -> dict[str, Tensor]:
+        """The tensors, for the stream that layers run on: it waits for them, their memory waits for it."""
+        if read.ready is not None:
+            layers = torch.cuda.current_stream(self._device)
+            layers.wait_event(read.ready)
+            for tensor in read.tensors.values():
+                tensor.record_stream(layers)
         return read.tensors
 
     def _read(self, fills: Sequence[Fill]) -> _Read:
         begun, read = time.perf_counter(), _Read()
-        for fill in fills:
-            dtype = self._dtypes[fill.targets[0]]
-            tensors = {name: self._source.read(name, self._device).to(dtype) for _, name in fill.sources}
-            read.nbytes += sum(self._source.spec(name).nbytes for name in tensors)
-            read.tensors |= self._made(fill, tensors)
+        with torch.cuda.stream(self._stream):  # of None: as if it were not there
+            for fill in fills:
+                dtype = self._dtypes[fill.targets[0]]
+                tensors = {name: self._source.read(name, self._device).to(dtype) for _, name in fill.sources}
+                read.nbytes += sum(self._source.spec(name).nbytes for name in tensors)
+                read.tensors |= self._made(fill, tensors)
+            if self._stream is not None:
+                read.ready = torch.cuda.Event()
+                read.ready.record(self._stream)
         read.seconds = time.perf_counter() - begun
         return read
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from curvkern.ops import Change
+from curvkern.trace import span
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class Stages:
         forget_peak_memory()
         start = time.perf_counter()
         try:
-            yield
+            with span(name, "statistics" if name in ("statistics", "evidence") else "stage"):
+                yield
         finally:
             seconds = time.perf_counter() - start
             gpu = torch.cuda.max_memory_allocated() if cuda else None

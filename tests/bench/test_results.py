@@ -246,8 +246,10 @@ def test_the_command_hands_everything_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(bench, "run", fake)
     words = "bench fisher blend_ --limit 9 --dtype bf16 --size l --backend triton --compile --pass --seconds 2"
+    words += f" --shape llama-3-8b --layers 2 --trace {tmp_path / 't.json'}"
     assert CliRunner().invoke(app, [*words.split(), "--csv", str(tmp_path)]).exit_code == 1
     assert taken == {
         "ops": ["fisher", "blend_"], "dtype": "bf16", "size": "l", "device": None, "backend": "triton",
         "compiled": True, "seconds": 2.0, "limit": 9.0, "passes": True, "compare": None, "csv": tmp_path, "html": None,
+        "shape": "llama-3-8b", "layers": 2, "trace": tmp_path / "t.json",
     }  # fmt: skip

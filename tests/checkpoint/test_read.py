@@ -282,7 +282,7 @@ def test_errors_while_reading(save):
         name = checkpoint.names[-1]
         file = directory / checkpoint.spec(name).file
         os.truncate(file, file.stat().st_size - 1)
-        with pytest.raises(CheckpointError, match="it was cut short"):
+        with pytest.raises(CheckpointError, match="was cut short while it was read: ends at byte"):
             checkpoint.read(name)
     with pytest.raises(CheckpointError, match="was closed before this read"):
         checkpoint.read(checkpoint.names[0])
