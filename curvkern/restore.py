@@ -19,7 +19,9 @@ from curvkern.evidence import (
     given,
     hidden_evidence,
     looked_at,
+    read_ahead,
     read_data,
+    scratch_beside,
 )
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
@@ -49,6 +51,7 @@ def restore(
     save: str = "auto",
     statistics: str | Path | None = None,
     device: str = "cpu",
+    memory_budget: int | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
@@ -73,6 +76,8 @@ def restore(
         save: ``"checkpoint"``, ``"adapter"`` (the tuned model is one and the method can edit it), ``"auto"``.
         statistics: directory of curvature statistics: those that fit are loaded, what is estimated is saved there.
         device: where tensors are edited and the model runs.
+        memory_budget: bytes on the device that a model and what is measured of it may take, or ``"20GiB"``; where that
+            is too little, the model runs layer by layer, with the same result. Default: what is free.
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
         resume: go on where a killed run with the same recipe and inputs stopped.
         progress: show a progress bar.
@@ -94,6 +99,7 @@ def restore(
 
 _RECIPE_KEYS = frozenset(
     {"aligned", "tuned", "out", "method", *CHECKPOINTS, *DATA, "include", "exclude", "save", "statistics", "device"}
+    | {"memory_budget"}
 )
 
 
@@ -125,7 +131,7 @@ def run_recipe(
             for role in CHECKPOINTS:
                 if role in method.needs:
                     sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
-            bundle = Bundle(sources, device=recipe.device)
+            bundle = Bundle(sources, device=recipe.device, max_bytes=read_ahead(recipe))
             shapes = {name: tuned.spec(name).shape for name in bundle.names}
             names = select_modules(shapes, method, recipe, tuned.config)
             messages += _told_of(shapes, names, bundle)
@@ -139,8 +145,11 @@ def run_recipe(
                 writer = stack.enter_context(AdapterWriter(recipe.out, adapter, **options))
         known = ModuleStatistics()
         if method.statistics():
+            scratch = stack.enter_context(scratch_beside(recipe.out))
             with stages.stage("statistics"):
-                known = gather_statistics(recipe, method, data, bundle, names, progress=progress, tell=messages.append)
+                known = gather_statistics(
+                    recipe, method, data, bundle, names, scratch=scratch, progress=progress, tell=messages.append
+                )
         sweep = _Sweeps(bundle, names, known, progress)
         evidence = None
         if "model" in method.needs:

@@ -34,9 +34,11 @@ MAY_IMPORT = {
     "recipe": (set(), {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
     "progress": (set(), {"rich"}),
+    "budget": ({"checkpoint", "curvature", "layerwise", "scope"}, {"torch", "transformers"}),
+    "store": ({"budget", "curvature", "methods", "recipe", "scope"}, set()),
     # A method may score prompts while it searches, so this knows how a model is evaluated.
     "evidence": (
-        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
+        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress", "budget", "store"},
         {"torch", "transformers"},
     ),
     "restore": ({"checkpoint", "methods", "evidence", "ops", "report", "recipe", "scope", "progress"}, {"torch"}),

@@ -19,7 +19,7 @@ from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.kept import Keeper
 from curvkern.curvature.losses import drawn, each_of, finite, logits_of, losses_of, total_of
 from curvkern.curvature.resident import Job
-from curvkern.curvature.statistics import Counts, joined_fingerprint, parameter_crc
+from curvkern.curvature.statistics import Counts, fingerprint, joined_fingerprint, parameter_crc
 from curvkern.curvature.texts import Batch, batches
 from curvkern.layerwise import LayerwiseModel, Place
 
@@ -176,8 +176,10 @@ class ByLayer:
                 raise CurvatureError(f"estimate: {site.name} is used in several places; pass layerwise=False")
 
 
-def fingerprint_of(model: LayerwiseModel) -> str:
-    """What `statistics.fingerprint` says of the model in memory; reads all weights once."""
+def fingerprint_of(model: Any) -> str:
+    """Of the parameters of a model in memory, or of a `LayerwiseModel`, whose weights are all read once."""
+    if not isinstance(model, LayerwiseModel):
+        return fingerprint(model.named_parameters())
     crcs: dict[str, int] = {}
     for place in model.places():
         _note(crcs, place)

@@ -54,6 +54,7 @@ class LayerwiseModel:
         layers: its decoder layers.
         name: of their list among its modules, such as ``model.layers``.
         device: where it runs.
+        dtype: of its weights.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LayerwiseModel:
         self.name = name
         self.layers = layers
         self.device = device
+        self.dtype: torch.dtype = model.dtype
         self._loader = loader
         self._opened = ExitStack()
 
