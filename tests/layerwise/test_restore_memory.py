@@ -12,21 +12,20 @@ import transformers
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parents[2]
-LAYERS = 24
-
 RUN = """
 import json, sys
-import curvkern, curvkern.curvature, curvkern.methods, curvkern.report
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+import curvkern
 from curvkern.report.record import forget_peak_memory, resident_memory
-root, budget = sys.argv[1:]
-AutoTokenizer.from_pretrained(root + "/aligned")
+
+def run(root, out, budget):
+    data = {"method": "ascent", "harmful": root + "/harmful.jsonl", "memory_budget": budget}
+    return curvkern.restore(root + "/aligned", root + "/tuned", out=out, **data)
+
+small, root, budget = sys.argv[1:]
+run(small, root + "/warm", "220KiB")  # imports all there is
 forget_peak_memory()
 before = resident_memory()
-report = curvkern.restore(
-    root + "/aligned", root + "/tuned", out=root + "/out", method="ascent", harmful=root + "/harmful.jsonl",
-    memory_budget=int(budget),
-)
+report = run(root, root + "/out", int(budget))
 peaks = {stage.name: stage.peak_memory - before for stage in report.stages}
 print(json.dumps({"peaks": peaks, "messages": report.messages, "changed": report.changed}))
 """
@@ -37,10 +36,10 @@ def put(file, tensors):
     return dict.fromkeys(tensors, file.name)
 
 
-def make_long(family, root, hidden, middle):
+def make_long(family, root, layers, hidden, middle):
     """Aligned and tuned Llamas of many layers in bfloat16, all alike, one in a file; bytes of a layer and of all."""
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=LAYERS,
+        vocab_size=64, hidden_size=hidden, intermediate_size=middle, num_hidden_layers=layers,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 256, dtype="bfloat16",
     )  # fmt: skip
     one = transformers.LlamaConfig(**{**config.to_dict(), "num_hidden_layers": 1})
@@ -53,28 +52,28 @@ def make_long(family, root, hidden, middle):
             copy(family / "aligned" / name, root / role)
         held = {}
         scaled = {name: scale * tensor for name, tensor in layer.items()}
-        for at in range(LAYERS):
+        for at in range(layers):
             part = {name.replace(".0.", f".{at}."): tensor for name, tensor in scaled.items()}
             held |= put(root / role / f"layer-{at:02}.safetensors", part)
         held |= put(root / role / "outside.safetensors", {n: t for n, t in state.items() if n not in layer})
         index = {"metadata": {}, "weight_map": held}
         (root / role / "model.safetensors.index.json").write_text(json.dumps(index))
     (root / "harmful.jsonl").write_text(json.dumps({"prompt": "w1 w2", "response": "w3"}) + "\n")
-    return sum(t.nbytes for t in layer.values()), LAYERS * sum(t.nbytes for t in layer.values())
+    return sum(t.nbytes for t in layer.values()), layers * sum(t.nbytes for t in layer.values())
 
 
 @pytest.mark.parametrize(
-    "hidden, middle, least, budget",
+    "layers, hidden, middle, least, budget",
     [
-        (512, 2048, 150e6, 100 << 20),
-        pytest.param(2048, 3584, 1.5e9, 400 << 20, marks=pytest.mark.slow),
+        (16, 512, 2048, 120e6, 90 << 20),
+        pytest.param(24, 2048, 3584, 1.5e9, 400 << 20, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_passes_through_a_smaller_budget(family, tmp_path, hidden, middle, least, budget):
-    layer, model = make_long(family, tmp_path, hidden, middle)
+def test_a_model_passes_through_a_smaller_budget(family, tmp_path, layers, hidden, middle, least, budget):
+    layer, model = make_long(family, tmp_path, layers, hidden, middle)
     assert model > least > budget
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), str(budget)],
+        [sys.executable, "-c", RUN, str(family), str(tmp_path), str(budget)],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     told = json.loads(done.stdout)
