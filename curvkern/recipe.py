@@ -20,9 +20,9 @@ class RecipeError(ValueError):
 
 
 _UNITS = {
-    **{"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12},
-    **{"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40},
-}
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
 
 
 def _bytes(value: object) -> object:
@@ -58,8 +58,8 @@ class Recipe(BaseModel):
         save: ``"auto"`` keeps an adapter an adapter where the method can.
         statistics: directory where curvature statistics are looked for and kept, for runs to share.
         device: where tensors are edited.
-        memory_budget: bytes on the device that a model and what is measured of it may take, a number or ``"20GiB"``; what
-            takes more goes layer by layer. None: what is free.
+        memory_budget: bytes on the device that a model and what is measured of it may take, a number or ``"20GiB"``;
+            what takes more goes layer by layer. None: what is free.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
