@@ -68,6 +68,9 @@ def restore(
     save: Annotated[str | None, typer.Option(help="auto, checkpoint, adapter or delta.")] = None,
     statistics: Annotated[Path | None, typer.Option(help="Directory of curvature statistics to share.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to work: cpu, cuda, cuda:1.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Of the device, 20GiB; a model that takes more runs layer by layer.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace what is at --out.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on where a killed run stopped.")] = False,
     trace: Annotated[Path | None, typer.Option(help="Chrome trace to write; the report names the limit.")] = None,
@@ -82,6 +85,7 @@ def restore(
         "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
         "method": method, "harmful": harmful, "safety": safety, "task": task, "out": out,
         "include": include, "exclude": exclude, "save": save, "statistics": statistics, "device": device,
+        "memory_budget": memory_budget,
     }  # fmt: skip
     values: dict[str, Any] = {key: value for key, value in given.items() if value}
     values["parameters"] = _parameters(set_ or [])

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import zlib
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from shutil import rmtree
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
+from curvkern.budget import Budget, opened, place, require_resident, shapes_by_layer, size
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe
 from curvkern.scope import RestoreError
+from curvkern.store import Store, asked_of
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Bundle, Checkpoint
-    from curvkern.curvature import Choices, Statistics, Text
+    from curvkern.curvature import Statistics
     from curvkern.evaluate import Example
     from curvkern.methods import Evidence, Method, Need
 
@@ -83,34 +86,52 @@ def tokenizer_of(bundle: Bundle) -> Any:
     return AutoTokenizer.from_pretrained(next((p for p in paths if (p / "tokenizer_config.json").is_file()), aligned))
 
 
-# statistics -----------------------------------------------------------------------------------------------------------
+#: Bytes of tensors that are read ahead, at most.
+_READ_AHEAD = 256 << 20
 
-#: What is asked of `curvature.estimate` to get a quantity that it does not take by itself.
-_COMES_WITH = {"input_gram": "kfac", "output_gram": "kfac", "input_basis": "ekfac", "output_basis": "ekfac"}
+
+def read_ahead(recipe: Recipe) -> int:
+    """Bytes of tensors to read ahead: an eighth of a memory budget that is given, at most."""
+    return _READ_AHEAD if recipe.memory_budget is None else min(_READ_AHEAD, recipe.memory_budget // 8)
+
+
+# statistics -----------------------------------------------------------------------------------------------------------
 
 
 class ModuleStatistics:
-    """What a method's `Method.statistics` ask for, of every module; in memory, float32 (kept gradients: bfloat16)."""
+    """What a method's `Method.statistics` ask for, of every module, in memory or in files."""
 
-    def __init__(self) -> None:
-        self._found: dict[Need, dict[str, Tensor]] = {}
+    def __init__(self, device: str = "cpu") -> None:
+        """Know nothing yet.
+
+        Args:
+            device: where a module's statistics are handed out.
+        """
+        self._device = device
+        self._found: dict[Need, Statistics] = {}
 
     def of(self, name: str, needs: Collection[Need]) -> dict[Need, Tensor]:
-        """Those of the statistics that are in ``needs``, of one module, by its checkpoint name."""
-        return {need: tensors[name] for need, tensors in self._found.items() if need in needs}
+        """Those of the statistics that are in ``needs``, of one module: means, where they are sums over data.
+
+        Float32; kept gradients are bfloat16. ``name`` is the checkpoint's.
+        """
+        from curvkern.curvature.statistics import PER_SAMPLE, PER_TOKEN
+
+        def value(need: Need, found: Statistics) -> Tensor:
+            is_sum = need.quantity in (*PER_SAMPLE, *PER_TOKEN)
+            tensor = found.mean_of(need.quantity, name) if is_sum else found[need.quantity][name]
+            return tensor.to(self._device)
+
+        return {need: value(need, found) for need, found in self._found.items() if need in needs}
 
     def add(self, need: Need, found: Statistics, names: Sequence[str]) -> None:
-        """Take a statistic of the modules ``names``: its mean, where it is a sum over data.
+        """Take a statistic of the modules ``names``.
 
         Raises:
             RestoreError: a module was not measured.
         """
-        from curvkern.curvature.statistics import PER_SAMPLE, PER_TOKEN
-
         _require_measured(found, need, names)
-        wanted = replace(found, sums={need.quantity: {name: found[need.quantity][name] for name in names}})
-        is_sum = need.quantity in (*PER_SAMPLE, *PER_TOKEN)
-        self._found[need] = wanted.mean(need.quantity) if is_sum else wanted[need.quantity]
+        self._found[need] = found
 
 
 def gather_statistics(
@@ -120,47 +141,60 @@ def gather_statistics(
     bundle: Bundle,
     names: Sequence[str],
     *,
+    scratch: Path,
     progress: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ModuleStatistics:
-    """Estimate what methods ask for, or load it from the recipe's directory of statistics.
+    """Estimate what methods ask for, or find it in the recipe's directory of statistics.
 
-    Each model is in memory once, in the checkpoint's dtype, and runs once over each set of data for all quantities
-    together.
+    Each model is opened once, in the checkpoint's dtype, and runs once over each set of data for all quantities
+    together: in memory if it fits into the budget with what is measured, else layer by layer.
 
     Args:
-        recipe: its ``statistics`` directory, patterns and device.
+        recipe: its ``statistics`` directory, patterns, device and memory budget.
         needs: see `Method.statistics`.
         data: rows by role, from `read_data`.
         bundle: the opened checkpoints.
         names: the modules that are restored.
+        scratch: directory for what does not fit into memory; made if it is needed, and needed as long as the result.
         progress: show a bar.
         tell: takes lines for the report.
 
     Raises:
-        RestoreError: a module is not measured by its model, or the directory cannot be made.
+        RestoreError: a module is not measured by its model, a directory cannot be made or is too small, or not even a
+            layer fits into the budget.
         CurvatureError: as `curvature.estimate`.
     """
-    from curvkern.curvature import from_answer
+    from curvkern.curvature import footprint, from_answer
 
     tokenizer = tokenizer_of(bundle)
     texts = {
         role: [from_answer(tokenizer, row.asked(), row.response or "") for row in data[role]]
         for role in sorted({need.data for need in needs})
     }
-    store = _Store(recipe.statistics, tell)
-    gathered = ModuleStatistics()
+    budget = Budget.of(recipe.memory_budget, recipe.device)
+    store = Store(recipe, names, scratch, tell)
+    gathered = ModuleStatistics(recipe.device)
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
     for need in needs:
         models[need.at][need.data, need.loss].append(need)
     for at, sets in models.items():
-        model = _loaded(bundle, at, recipe.device)
-        for (role, _), asked in sets.items():
-            what = f"{role} data at {at}"
-            with bar(what, len(texts[role]), progress) as advance:
-                found = store.find(asked, model, texts[role], recipe, names, _counting(advance, what))
-            for need in asked:
-                gathered.add(need, found[need], names)
+        source = bundle.sources[at]
+        asked = [(texts[role], asked_of(wanted)) for (role, _), wanted in sets.items()]
+        needed = footprint(shapes_by_layer(source), source.spec(names[0]).dtype.itemsize, asked, frozenset(names))
+        roles = " and ".join(sorted({role for role, _ in sets}))
+        where = place(budget, needed, f"statistics of {roles} data at {at}")
+        if not where.resident:
+            tell(f"statistics of {roles} data at {at}: {where}; model {size(needed.model)}, {budget}")
+        if not where.statistics_in_files:
+            budget = budget.less(needed.statistics)
+        with opened(source, recipe.device, resident=where.resident) as model:
+            for (role, _), wanted in sets.items():
+                what = f"{role} data at {at}"
+                with bar(what, len(texts[role]), progress) as advance:
+                    found = store.find(wanted, model, texts[role], where, needed, _counting(advance, what))
+                for need in wanted:
+                    gathered.add(need, found[need], names)
     return gathered
 
 
@@ -168,77 +202,15 @@ def _counting(advance: Callable[[int, str], None], what: str) -> Callable[[int, 
     return lambda done, total: advance(done, what)
 
 
-class _Store:
-    """A directory of statistics that several runs share; a file's name tells model, data and loss."""
-
-    def __init__(self, directory: Path | None, tell: Callable[[str], None]) -> None:
-        self._directory = None if directory is None else directory.expanduser()
-        self._tell = tell
-        if self._directory is not None:
-            try:
-                self._directory.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RestoreError(f"restore: statistics={self._directory}: {error.strerror}.") from None
-
-    def find(
-        self,
-        needs: Sequence[Need],
-        model: Any,
-        texts: Sequence[Text],
-        recipe: Recipe,
-        names: Sequence[str],
-        advance: Callable[[int, int], None],
-    ) -> dict[Need, Statistics]:
-        """Statistics of one model on one set of data under one loss: those that are there, the rest estimated."""
-        from curvkern.curvature import Choices, estimate
-        from curvkern.curvature.statistics import fingerprint
-        from curvkern.curvature.texts import fingerprint as data_fingerprint
-
-        dtype = str(model.dtype).removeprefix("torch.")
-        choices = Choices(model=fingerprint(model.named_parameters()), loss=needs[0].loss, dtype=dtype)
-        data = data_fingerprint(texts)
-        found = {need: held for need in needs if (held := self._load(need, choices, data, names)) is not None}
-        if left := [need for need in needs if need not in found]:
-            estimated = estimate(
-                model, texts, quantity=_asked(left), loss=needs[0].loss, tell=advance,
-                include=recipe.include, exclude=recipe.exclude,
-            )  # fmt: skip
-            for need in left:
-                found[need] = self._keep(need, estimated, choices, data)
-        return found
-
-    def _load(self, need: Need, choices: Choices, data: str, names: Sequence[str]) -> Statistics | None:
-        from curvkern.curvature import Statistics
-
-        path = self._path(need, choices, data)
-        if path is None or not path.is_file():
-            return None
-        held = Statistics.load(path)
-        fits = held.choices == choices and held.counts.data == (data,)
-        if not fits or not set(names) <= set(held.sums.get(need.quantity, {})):
-            return None
-        self._tell(f"{need.quantity} of {need.data} data at {need.at}: from {path}")
-        return held
-
-    def _keep(self, need: Need, estimated: Statistics, choices: Choices, data: str) -> Statistics:
-        one = replace(estimated, sums={need.quantity: estimated[need.quantity]})
-        if (path := self._path(need, choices, data)) is not None:
-            one.save(path)
-        return one
-
-    def _path(self, need: Need, choices: Choices, data: str) -> Path | None:
-        if self._directory is None:
-            return None
-        key = zlib.crc32(repr(sorted(asdict(choices).items())).encode())
-        return self._directory / f"{need.data}-at-{need.at}-{need.quantity}-{data}-{key:08x}.safetensors"
-
-
-def _asked(needs: Iterable[Need]) -> list[str]:
-    """What `curvature.estimate` is asked for."""
-    from curvkern.curvature.sums import QUANTITIES
-
-    known = frozenset[str](QUANTITIES)
-    return sorted({q if q in known else _COMES_WITH.get(q, q) for q in (need.quantity for need in needs)})
+@contextmanager
+def scratch_beside(out: Path) -> Generator[Path]:
+    """A directory that may be made beside an output, and is gone in the end; a killed run leaves it for the next."""
+    out = out.expanduser()
+    directory = out.with_name(f"{out.name}.partial-statistics")
+    try:
+        yield directory
+    finally:
+        rmtree(directory, ignore_errors=True)
 
 
 def _require_measured(found: Statistics, need: Need, names: Sequence[str]) -> None:
@@ -249,35 +221,6 @@ def _require_measured(found: Statistics, need: Need, names: Sequence[str]) -> No
         )
 
 
-def _loaded(bundle: Bundle, at: str, device: str) -> Any:
-    """The aligned or the tuned model in its checkpoint's dtype; an adapter's weights are put into the aligned model."""
-    from transformers import AutoModelForCausalLM
-
-    from curvkern.checkpoint import TunedView
-
-    source = bundle.sources[at]
-    under = source.aligned if isinstance(source, TunedView) else source
-    under.require_config()
-    model: Any = AutoModelForCausalLM.from_pretrained(under.directory, dtype="auto")
-    model.to(device).eval()
-    if isinstance(source, TunedView):
-        changed = (*source.adapter.names, *source.adapter.replaced)
-        _put(model, ((name, source.read(name)) for name in changed))
-    return model
-
-
-@torch.no_grad()
-def _put(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    state = model.state_dict()
-    for name, tensor in tensors:
-        if name not in state:
-            raise RestoreError(
-                f"restore: the checkpoint's {name} is no parameter of {type(model).__name__}: this transformers holds "
-                "it in another form, so that an adapter on it cannot be run. Merge it into a checkpoint."
-            )
-        state[name].copy_(tensor)
-
-
 # the model in memory --------------------------------------------------------------------------------------------------
 
 
@@ -285,8 +228,8 @@ def hidden_evidence(recipe: Recipe, method: Method, data: Rows, bundle: Bundle, 
     """The model in memory, with the harmful and task prompts as tokens.
 
     Raises:
-        RestoreError: aligned and tuned tie their heads differently, or the task score is exact match and rows of the
-            task have no response.
+        RestoreError: aligned and tuned tie their heads differently, the task score is exact match and rows of the task
+            have no response, or the model does not fit into the memory budget.
         CurvatureError: as `curvature.HiddenEvidence`.
     """
     from curvkern.curvature import HiddenEvidence
@@ -297,6 +240,8 @@ def hidden_evidence(recipe: Recipe, method: Method, data: Rows, bundle: Bundle, 
             f"restore: {heads[0]} is tied to the embedding in one of aligned and tuned and not in the other; "
             f"{method.name} runs both in one model. Save them alike."
         )
+    options = method.evidence_options()
+    require_resident(Budget.of(recipe.memory_budget, recipe.device), _whole_model(bundle, options), method.name)
     tokenizer = tokenizer_of(bundle)
     prompts = {key: [chat_prompt(tokenizer, row.asked()) for row in rows] for key, rows in data.items()}
     judge = score or _exact_match(data["task"], recipe)
@@ -307,8 +252,16 @@ def hidden_evidence(recipe: Recipe, method: Method, data: Rows, bundle: Bundle, 
         prompts=prompts,  # pyright: ignore[reportArgumentType]
         score=lambda model: judge(model, tokenizer),
         device=recipe.device,
-        **method.evidence_options(),
+        **options,
     )
+
+
+def _whole_model(bundle: Bundle, options: Mapping[str, Any]) -> int:
+    """Bytes of a working copy, its gradient and their float32 sums, beside aligned and tuned."""
+    weights = sum(math.prod(bundle.sources["tuned"].spec(name).shape) for name in bundle.names)
+    stored = sum(bundle.sources[role].spec(name).nbytes for role in ("aligned", "tuned") for name in bundle.names)
+    working = 4 * weights if options.get("dtype") == torch.float32 else stored // 2
+    return 2 * working + 4 * weights + stored
 
 
 def _exact_match(rows: Sequence[Example], recipe: Recipe) -> Score:

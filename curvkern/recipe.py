@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 #: Checkpoints beside aligned and tuned, and JSON Lines, that some methods need.
 CHECKPOINTS = ("base", "unaligned", "safety_adapter")
@@ -20,6 +21,25 @@ DATA = ("harmful", "safety", "task")
 
 class RecipeError(ValueError):
     """The recipe is wrong; says where."""
+
+
+_UNITS = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
+}  # fmt: skip
+
+
+def _bytes(value: object) -> object:
+    """A number of bytes, of one or of text such as ``20GiB``."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(value).strip().lower())
+    if found is None or found[2] not in _UNITS or isinstance(value, bool):
+        raise ValueError("wanted a number of bytes, or one with a unit, such as 400MiB, 20GiB or 80GB")
+    size = int(float(found[1]) * _UNITS[found[2]])
+    if size < 1:
+        raise ValueError("wanted more than no memory")
+    return size
 
 
 class Recipe(BaseModel):
@@ -42,6 +62,8 @@ class Recipe(BaseModel):
         save: ``"auto"`` keeps an adapter an adapter where the method can; ``"delta"`` is what differs from tuned.
         statistics: directory where curvature statistics are looked for and kept, for runs to share.
         device: where tensors are edited.
+        memory_budget: bytes on the device that a model and what is measured of it may take, a number or ``"20GiB"``;
+            what takes more goes layer by layer. None: what is free.
         expected: role to the fingerprint that this input must have, where a run is to be repeated.
     """
 
@@ -63,11 +85,12 @@ class Recipe(BaseModel):
     save: Literal["auto", "checkpoint", "adapter", "delta"] = "auto"
     statistics: Path | None = None
     device: str = "cpu"
+    memory_budget: Annotated[int | None, BeforeValidator(_bytes)] = None
     expected: dict[str, dict[str, Any]] = Field(default_factory=dict[str, dict[str, Any]])
 
     def record(self) -> dict[str, Any]:
         """The recipe as JSON, without the places that differ from run to run."""
-        return self.model_dump(mode="json", exclude={"out", "statistics", "device", "expected"})
+        return self.model_dump(mode="json", exclude={"out", "statistics", "device", "memory_budget", "expected"})
 
 
 @dataclass(frozen=True)
@@ -108,7 +131,9 @@ def _checked(values: dict[str, Any], origin: _Origin) -> Recipe:
         entry, where = ".".join(map(str, first["loc"])), origin.of(*first["loc"])
         if first["type"] == "missing":
             raise RecipeError(f"{where}: {entry} is missing.") from None
-        raise RecipeError(f"{where}: {entry} is {first['input']!r}: {first['msg']}.") from None
+        raise RecipeError(
+            f"{where}: {entry} is {first['input']!r}: {first['msg'].removeprefix('Value error, ')}."
+        ) from None
 
 
 def read_recipe(path: Path, overrides: dict[str, Any]) -> Recipe:

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from curvkern.evidence import ModuleStatistics, Score, gather_statistics, given, hidden_evidence
+from curvkern.evidence import (
+    ModuleStatistics,
+    Score,
+    gather_statistics,
+    given,
+    hidden_evidence,
+    read_ahead,
+    scratch_beside,
+)
 from curvkern.part import Part
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
@@ -44,6 +52,7 @@ def restore(
     save: str = "auto",
     statistics: str | Path | None = None,
     device: str = "cpu",
+    memory_budget: int | str | None = None,
     overwrite: bool = False,
     resume: bool = False,
     progress: bool = False,
@@ -70,6 +79,8 @@ def restore(
             differs from a tuned checkpoint, see `curvkern.checkpoint.apply_delta`), ``"auto"``.
         statistics: directory of curvature statistics: those that fit are loaded, what is estimated is saved there.
         device: where tensors are edited and the model runs.
+        memory_budget: bytes on the device that a model and what is measured of it may take, or ``"20GiB"``; where that
+            is too little, the model runs layer by layer, with the same result. Default: what is free.
         overwrite: replace what is at ``out``, once the new checkpoint is whole.
         resume: go on where a killed run with the same recipe and inputs stopped.
         progress: show a progress bar.
@@ -92,6 +103,7 @@ def restore(
 
 _RECIPE_KEYS = frozenset(
     {"aligned", "tuned", "out", "method", *CHECKPOINTS, *DATA, "include", "exclude", "save", "statistics", "device"}
+    | {"memory_budget"}
 )
 
 
@@ -139,13 +151,14 @@ def run_recipes(
             for role in CHECKPOINTS:
                 if role in needs:
                     sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
-            bundle = Bundle(sources, device=recipe.device)
+            bundle = Bundle(sources, device=recipe.device, max_bytes=read_ahead(recipe))
             for part in parts:
                 stack.enter_context(part.open(bundle, overwrite=overwrite, resume=resume, score=score))
         known = ModuleStatistics()
         if asking := [part for part in parts if part.needs]:
+            scratch = stack.enter_context(scratch_beside(recipe.out))
             with _shared(asking, "statistics"):
-                known = _gather(asking, bundle, progress)
+                known = _gather(asking, bundle, scratch, progress)
         sweep = _Sweeps(bundle, known, progress)
         for part in parts:
             _plan(part, sweep, score)
@@ -171,7 +184,7 @@ def _shared(parts: Sequence[Part], name: str) -> Generator[None]:
         part.stages.done.extend(stages.done)
 
 
-def _gather(parts: Sequence[Part], bundle: Bundle, progress: bool) -> ModuleStatistics:
+def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool) -> ModuleStatistics:
     needs = dict.fromkeys(need for part in parts for need in part.needs)
     data = {role: rows for part in parts for role, rows in part.data.items()}
     chosen = {name for part in parts for name in part.names}
@@ -181,7 +194,9 @@ def _gather(parts: Sequence[Part], bundle: Bundle, progress: bool) -> ModuleStat
         for part in parts:
             part.messages.append(line)
 
-    return gather_statistics(parts[0].recipe, tuple(needs), data, bundle, names, progress=progress, tell=tell)
+    return gather_statistics(
+        parts[0].recipe, tuple(needs), data, bundle, names, scratch=scratch, progress=progress, tell=tell
+    )
 
 
 def _plan(part: Part, sweep: _Sweeps, score: Score | None) -> None:

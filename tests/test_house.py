@@ -35,9 +35,11 @@ MAY_IMPORT = {
     "recipe": ({"methods"}, {"pydantic", "yaml"}),
     "scope": ({"methods", "recipe"}, set()),
     "progress": (set(), {"rich"}),
+    "budget": ({"checkpoint", "curvature", "layerwise", "scope"}, {"torch", "transformers"}),
+    "store": ({"budget", "curvature", "methods", "recipe", "scope"}, set()),
     # A method may score prompts while it searches, so this knows how a model is evaluated.
     "evidence": (
-        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress"},
+        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress", "budget", "store"},
         {"torch", "transformers"},
     ),
     "part": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope"}, set()),

@@ -1,11 +1,11 @@
-"""What data say of a model's weights: gradients and curvature of losses, gathered from the model in memory."""
+"""What data say of a model's weights: gradients and curvature of losses, of a model in memory or on disk."""
 
-from curvkern.curvature.by_layer import fits
+from curvkern.curvature.by_layer import fingerprint_of, fits, free_memory
 from curvkern.curvature.capture import KINDS
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
 from curvkern.curvature.influence import influence
-from curvkern.curvature.memory import Memory, memory_needed
+from curvkern.curvature.memory import Footprint, Memory, footprint, memory_needed
 from curvkern.curvature.statistics import Choices, Counts, Statistics
 from curvkern.curvature.texts import Text, from_answer
 
@@ -14,12 +14,16 @@ __all__ = [
     "Choices",
     "Counts",
     "CurvatureError",
+    "Footprint",
     "HiddenEvidence",
     "Memory",
     "Statistics",
     "Text",
     "estimate",
+    "fingerprint_of",
     "fits",
+    "footprint",
+    "free_memory",
     "from_answer",
     "influence",
     "memory_needed",

@@ -16,9 +16,10 @@ from curvkern.curvature.capture import Pair, Site, select, sites_of, tapped
 from curvkern.curvature.experts import expert_sites, experts_tapped
 from curvkern.curvature.hessian import Probes
 from curvkern.curvature.hidden import CurvatureError
+from curvkern.curvature.kept import Keeper
 from curvkern.curvature.losses import drawn, each_of, finite, logits_of, losses_of, total_of
 from curvkern.curvature.resident import Job
-from curvkern.curvature.statistics import Counts, joined_fingerprint, parameter_crc
+from curvkern.curvature.statistics import Counts, fingerprint, joined_fingerprint, parameter_crc
 from curvkern.curvature.texts import Batch, batches
 from curvkern.layerwise import LayerwiseModel, Place
 
@@ -40,27 +41,33 @@ class ByLayer:
         stopped: never; nothing is complete before everything is.
     """
 
-    def __init__(self, path: str | Path, job: Job, device: str | torch.device, spill: str | Path | None) -> None:
+    def __init__(self, model: LayerwiseModel, job: Job, spill: str | Path | None, keeper: Keeper | None) -> None:
+        """Select what is measured; run nothing.
+
+        Args:
+            model: stays open.
+            job: what is asked.
+            spill: see `estimate`.
+            keeper: takes the sums of a layer when its backward ends.
+
+        Raises:
+            CurvatureError: something is asked that needs the model in memory.
+        """
         _check(job)
-        self.model = LayerwiseModel.open(path, device)
+        self.model = model
         self.dtype: torch.dtype = self.model.model.dtype
         self.stopped = False
         self._job = job
         self._spill = spill
+        self._keeper = keeper
         self._swept = 0
         self._crcs: dict[str, int] = {}
-        self._batches = list(batches(job.texts, job.batch_tokens, device, job.begin))
+        self._batches = list(batches(job.texts, job.batch_tokens, model.device, job.begin))
         linear, experts = select(
             [*sites_of(self.model.model), *expert_sites(self.model.model)], job.include, job.exclude, job.kinds
         )
         self._linear, self._experts = linear, experts
         self._check_sites()
-
-    def __enter__(self) -> ByLayer:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.model.close()
 
     def fingerprint(self) -> str:
         """Of the parameters; known once every layer was in memory."""
@@ -91,9 +98,11 @@ class ByLayer:
 
             linear, experts = ([s for s in of if self._is_at(s, place)] for of in (self._linear, self._experts))
             uses, mask = {site.name: 1 for site in linear}, lambda: current[-1].mask
-            self._note(place)
+            _note(self._crcs, place)
             with tapped(linear, uses, sink, mask), experts_tapped(self.model.model, experts, sink, mask):
                 yield started
+            if self._keeper is not None:
+                self._keeper.take(sums.found, self.parameters())
             self._tell(1 - (place.index or 0) / len(self.model.layers))
 
         self.model.backward(self._draws(), self._total, watch=watch, spill=self._spill)
@@ -146,13 +155,6 @@ class ByLayer:
         inside = site.name.startswith(f"{self.model.name}.")
         return not inside if place.index is None else site.name.startswith(f"{place.name}.")
 
-    def _note(self, place: Place) -> None:
-        """Take the fingerprints of what is in memory now."""
-        prefix = f"{place.name}." if place.index is not None else ""
-        for name, parameter in place.module.named_parameters():
-            if not parameter.is_meta and prefix + name not in self._crcs:
-                self._crcs[prefix + name] = parameter_crc(parameter)
-
     def _counts(self) -> Counts:
         counts = Counts()
         for batch in self._batches:
@@ -174,6 +176,24 @@ class ByLayer:
                 raise CurvatureError(f"estimate: {site.name} is used in several places; pass layerwise=False")
 
 
+def fingerprint_of(model: Any) -> str:
+    """Of the parameters of a model in memory, or of a `LayerwiseModel`, whose weights are all read once."""
+    if not isinstance(model, LayerwiseModel):
+        return fingerprint(model.named_parameters())
+    crcs: dict[str, int] = {}
+    for place in model.places():
+        _note(crcs, place)
+    return joined_fingerprint(crcs)
+
+
+def _note(crcs: dict[str, int], place: Place) -> None:
+    """Take the fingerprints of what is in memory now."""
+    prefix = f"{place.name}." if place.index is not None else ""
+    for name, parameter in place.module.named_parameters():
+        if not parameter.is_meta and prefix + name not in crcs:
+            crcs[prefix + name] = parameter_crc(parameter)
+
+
 def _check(job: Job) -> None:
     if job.fisher_type == "type-2":
         raise CurvatureError("estimate: fisher_type='type-2' runs with the model in memory; pass layerwise=False")
@@ -184,11 +204,12 @@ def _check(job: Job) -> None:
 def fits(path: str | Path, device: str | torch.device) -> bool:
     """Whether a checkpoint's files take at most half of the memory that is free."""
     size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
-    return size <= _free(torch.device(device)) / 2
+    return size <= free_memory(device) / 2
 
 
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that are free on a device."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

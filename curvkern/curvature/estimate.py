@@ -16,6 +16,7 @@ from curvkern.backend import check
 from curvkern.curvature.by_layer import ByLayer, fits
 from curvkern.curvature.capture import KINDS, Kind
 from curvkern.curvature.hidden import CurvatureError
+from curvkern.curvature.kept import Keeper
 from curvkern.curvature.losses import Loss
 from curvkern.curvature.ranks import Ranks, joined
 from curvkern.curvature.resident import Job, Resident
@@ -23,6 +24,7 @@ from curvkern.curvature.statistics import ROWS, Choices, Counts, Statistics
 from curvkern.curvature.sums import QUANTITIES, Block, RotatedSums, Sums
 from curvkern.curvature.texts import Text, checked, from_rows
 from curvkern.curvature.texts import fingerprint as data_fingerprint
+from curvkern.layerwise import LayerwiseModel
 
 Sample = Literal["sequence", "token", "batch"]
 LossName = Literal["response_mean", "token_mean", "token_sum"]
@@ -50,6 +52,7 @@ def estimate(
     layerwise: bool | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     spill: str | Path | None = None,
+    keep: str | Path | None = None,
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] | None = None,
@@ -81,8 +84,9 @@ def estimate(
     ``low_rank`` no gradient of a weight is formed.
 
     Args:
-        model: a causal language model of transformers, in memory and left as it was, or the directory of one. PEFT
-            models too: then the weights of the adapter are linear modules like others.
+        model: a causal language model of transformers, in memory and left as it was, the directory of one, or a
+            `LayerwiseModel`, which stays open. PEFT models too: then the weights of the adapter are linear modules like
+            others.
         data: mappings with ``input_ids`` and ``labels`` (-100: no loss), or `texts.Text`. Padded rows come with their
             ``attention_mask``, packed ones with ``position_ids``: sums are those of the single samples.
         quantity: one or several of the above.
@@ -108,6 +112,9 @@ def estimate(
             ``"type-2"``, no differences, and a loss that is not finite is an error.
         device: where the model of a directory runs.
         spill: a directory for hidden states between layers, for ``layerwise``; None: they stay in memory.
+        keep: a directory for the sums, one file for each quantity, as of `Statistics.save`; what is returned reads them
+            when it is asked. Layer by layer, but for EK-FAC and Hessians and with one process alone, no more than a
+            layer's are in memory. None: they stay in memory.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all); of several ranks the first tells, as far as its share is done.
         stop: asked after each batch; if true, the statistics are those of the samples so far. Of quantities that take
@@ -141,6 +148,9 @@ def estimate(
         seed=seed,
     )
     begin = _already(resume, choices, wanted, texts)
+    if keep is not None and resume is not None:
+        raise CurvatureError("estimate: keep is for statistics of all data; without it, resume adds the rest in memory")
+    keeper = None if keep is None else Keeper(keep)
     with joined():
         ranks = Ranks()
         if ranks.count > 1 and stop is not None:
@@ -154,7 +164,8 @@ def estimate(
             sweeps=bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted),
         )  # fmt: skip
         rows = range(start - begin, end - begin)
-        with _running(model, job, layerwise, device, spill) as run:
+        early = keeper if ranks.count == 1 and "ekfac" not in wanted else None
+        with _running(model, job, layerwise, device, spill, early) as run:
             choices = replace(choices, dtype=str(run.dtype).removeprefix("torch."))
             if resume is not None and not isinstance(run, ByLayer):
                 choices = replace(choices, model=run.fingerprint())
@@ -164,10 +175,10 @@ def estimate(
             found: dict[str, dict[str, Tensor]] = {}
             counts = Counts()
             if gathered:
-                sums = Sums(gathered, sample, block, len(rows))
+                first = Sums(gathered, sample, block, len(rows))
                 with ranks.together():
-                    counts = run.gather(sums)
-                mine = {q: _first(counts.rows, of) if q in ROWS else of for q, of in sums.found.items()}
+                    counts = run.gather(first)
+                mine = {q: _first(counts.rows, of) if q in ROWS else of for q, of in first.found.items()}
                 counts, found = ranks.counted(counts), ranks.summed(mine, rows, run.model.device)
             if "ekfac" in wanted and not run.stopped:
                 rotated = RotatedSums(found, sample)
@@ -195,9 +206,15 @@ def estimate(
         warnings.warn(f"estimate: stopped before {left} was complete; it is left out", stacklevel=2)
     end = begin + counts.rows
     counts = replace(counts, data=(data_fingerprint(texts[begin:end]),))
-    covered = {name for of in found.values() for name in of}
+    sums: Mapping[str, Mapping[str, Tensor]] = found
+    if keeper is not None:
+        keeper.take(found, parameters)
+        sums = keeper.found()
+    covered = {name for of in sums.values() for name in of}
     unmeasured = tuple(name for name in parameters if name not in covered)
-    result = Statistics(choices, counts, found, unmeasured)
+    result = Statistics(choices, counts, sums, unmeasured)
+    if keeper is not None:
+        keeper.finish(result.about())
     if resume is None:
         return result
     result = resume + result
@@ -250,16 +267,23 @@ def _require_same(earlier: Choices, choices: Choices, names: Sequence[str]) -> N
 
 @contextmanager
 def _running(
-    model: Any, job: Job, layerwise: bool | Literal["auto"], device: str | torch.device, spill: str | Path | None
+    model: Any,
+    job: Job,
+    layerwise: bool | Literal["auto"],
+    device: str | torch.device,
+    spill: str | Path | None,
+    keeper: Keeper | None,
 ) -> Generator[Resident | ByLayer]:
     """Whoever runs the model: in memory, or from its checkpoint one layer at a time."""
-    if not isinstance(model, str | Path):
+    if isinstance(model, LayerwiseModel):
+        yield ByLayer(model, job, spill, keeper)
+    elif not isinstance(model, str | Path):
         if layerwise is True:
             raise CurvatureError("estimate: layerwise=True takes a model's directory; this one is in memory already")
         yield Resident(model, job)
     elif layerwise is True or (layerwise == "auto" and not fits(model, device)):
-        with ByLayer(model, job, device, spill) as run:
-            yield run
+        with LayerwiseModel.open(model, device) as opened:
+            yield ByLayer(opened, job, spill, keeper)
     else:
         from transformers import AutoModelForCausalLM
 

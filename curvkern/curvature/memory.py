@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from curvkern.curvature.experts import expert_sites
 from curvkern.curvature.losses import Loss, total_loss
 from curvkern.curvature.resident import measured
 from curvkern.curvature.sums import Block, tile
-from curvkern.curvature.texts import Batch, batches, checked, from_rows
+from curvkern.curvature.texts import Batch, Text, batches, checked, from_rows
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,94 @@ def _stored(site: Site, wanted: Sequence[str], samples: int, block: Block, probe
         "hessian_diag": 4 * (2 * each + probes),  # the gradient, for all probes
     }
     return sum(bytes_of.get(quantity, 4 * each) for quantity in wanted)
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a model and estimates of it take, told from shapes alone; activations roughly, the rest at most.
+
+    Attributes:
+        model: all weights.
+        outside: of these, what lies outside of decoder layers: embeddings, final norm, head.
+        layer: the weights of the largest decoder layer.
+        statistics: what is estimated, of all modules.
+        layer_statistics: of these, what has to be in memory when they go to files layer by layer, one set after the
+            other: a layer's; of EK-FAC, which looks at the data twice, all.
+        activations: what a forward of the largest batch keeps for its backward.
+        layer_activations: of these, what the largest layer or the head keeps.
+        hidden: hidden states between layers, of all batches.
+    """
+
+    model: int
+    outside: int
+    layer: int
+    statistics: int
+    layer_statistics: int
+    activations: int
+    layer_activations: int
+    hidden: int
+
+    @property
+    def resident(self) -> int:
+        """With all of it in memory."""
+        return self.model + self.statistics + self.activations
+
+    @property
+    def by_layer(self) -> int:
+        """With one layer in memory and the next one on its way, hidden states and statistics in files."""
+        return self.outside + 2 * self.layer + self.layer_statistics + self.layer_activations
+
+
+def footprint(
+    layers: Mapping[int | None, Shapes],
+    itemsize: int,
+    sets: Sequence[tuple[Sequence[Text], Sequence[str]]],
+    measured: Container[str],
+    batch_tokens: int = 4096,
+) -> Footprint:
+    """What it will take to estimate the statistics of a model; nothing is run or read.
+
+    Args:
+        layers: shapes of a checkpoint's tensors, by decoder layer; None: outside of them.
+        itemsize: bytes of a weight and of an activation.
+        sets: samples, and the quantities that are estimated on them, see `estimate`.
+        measured: names of the weights that statistics are estimated of.
+        batch_tokens: as for `estimate`.
+    """
+    weights = {at: itemsize * sum(map(math.prod, shapes.values())) for at, shapes in layers.items()}
+    inside = {at: {n: s for n, s in of.items() if len(s) > 1} for at, of in layers.items() if at is not None}
+    statistics = [
+        [sum(_of_shape(s, wanted, len(texts)) for n, s in of.items() if n in measured) for of in inside.values()]
+        for texts, wanted in sets
+    ]
+    at_once = [sum(of) if "ekfac" in wanted else max(of) for of, (_, wanted) in zip(statistics, sets, strict=True)]
+    table = max((shape for shape in layers.get(None, {}).values() if len(shape) == 2), key=math.prod, default=(0, 0))
+    widths = [[batch.ids.numel() for batch in batches(texts, batch_tokens, "meta")] for texts, _ in sets]
+    widest = max(max(of) for of in widths)
+    kept = [widest * itemsize * sum(sum(shape[-2:]) for shape in shapes.values()) for shapes in inside.values()]
+    head = widest * table[0] * (itemsize + 3 * 4)  # logits, and in float32 their gradient and two steps between
+    return Footprint(
+        model=sum(weights.values()),
+        outside=weights.get(None, 0),
+        layer=max(weights[at] for at in inside),
+        statistics=sum(map(sum, statistics)),
+        layer_statistics=max(at_once),
+        activations=sum(kept) + head,
+        layer_activations=max(*kept, head),
+        hidden=max(map(sum, widths)) * table[1] * itemsize * (len(inside) + 2),
+    )
+
+
+def _of_shape(shape: tuple[int, ...], wanted: Sequence[str], samples: int) -> int:
+    """Bytes of a weight's statistics, as if it shared its inputs with no other."""
+    site = Site("", shape, False, None, (), "experts" if len(shape) > 2 else "linear")
+    experts, width = shape[:-2], shape[-1]
+    inputs = math.prod(experts) * width**2
+    copies = max(({"input_gram": 1, "kfac": 1, "ekfac": 2}.get(quantity, 0) for quantity in wanted), default=0)
+    return _stored(site, wanted, samples, (128, 128), 8) + 4 * copies * inputs
 
 
 def _of_one(

@@ -13,12 +13,13 @@ import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from curvkern.curvature.hidden import CurvatureError
+from curvkern.curvature.kept import Kept
 
 #: Quantities that grow with the number of samples, or of tokens, and the power of the loss that they grow with.
 PER_SAMPLE = {
@@ -90,7 +91,7 @@ class Statistics:
     """Sums by quantity and parameter.
 
     Attributes:
-        sums: quantity -> parameter -> float32 tensor.
+        sums: quantity -> parameter -> float32 tensor, in memory or read when it is asked for.
         choices: see `Choices`.
         counts: see `Counts`.
         unmeasured: parameters of the model that no statistic covers.
@@ -98,10 +99,10 @@ class Statistics:
 
     choices: Choices
     counts: Counts = field(default_factory=Counts)
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict[str, dict[str, Tensor]])
+    sums: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict[str, Mapping[str, Tensor]])
     unmeasured: tuple[str, ...] = ()
 
-    def __getitem__(self, quantity: str) -> dict[str, Tensor]:
+    def __getitem__(self, quantity: str) -> Mapping[str, Tensor]:
         """The raw sums of a quantity, by parameter."""
         if quantity not in self.sums:
             raise CurvatureError(f"statistics: there is no {quantity!r}; there is {', '.join(self.sums) or 'nothing'}")
@@ -113,13 +114,22 @@ class Statistics:
         The sums of ``loss="token_mean"`` are of a sample's summed loss; here it is divided by the mean number of
         targets of a sample, so that the mean loss is that of a token.
         """
+        count = self._count(quantity)
+        return {name: tensor / count for name, tensor in self[quantity].items()}
+
+    def mean_of(self, quantity: str, name: str) -> Tensor:
+        """`mean`, of one parameter."""
+        return self[quantity][name] / self._count(quantity)
+
+    def _count(self, quantity: str) -> float:
+        """What a sum is to be divided by."""
         power = {**PER_SAMPLE, **PER_TOKEN}.get(quantity)
         if power is None:
             raise CurvatureError(f"statistics: {quantity!r} is no sum over data, so it has no mean")
-        count = self.counts.tokens if quantity in PER_TOKEN else self.counts.samples
+        count: float = self.counts.tokens if quantity in PER_TOKEN else self.counts.samples
         if self.choices.loss == "token_mean":
             count *= (self.counts.targets / self.counts.samples) ** power
-        return {name: tensor / count for name, tensor in self[quantity].items()}
+        return count
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of the data of both.
@@ -159,6 +169,10 @@ class Statistics:
             found[name] = (traces.mean().item(), (traces.std() / len(traces) ** 0.5).item())
         return found
 
+    def about(self) -> dict[str, Any]:
+        """All but the sums, for the file's metadata."""
+        return {"choices": asdict(self.choices), "counts": asdict(self.counts), "unmeasured": self.unmeasured}
+
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; what was there is replaced when the new file is whole.
 
@@ -172,8 +186,7 @@ class Statistics:
         first = {t.data_ptr(): key for key, t in reversed(every.items()) if t.numel()}
         shared = {key: first[t.data_ptr()] for key, t in every.items() if first.get(t.data_ptr(), key) != key}
         tensors = {key: t.contiguous().cpu() for key, t in every.items() if key not in shared}
-        meta = {"choices": asdict(self.choices), "counts": asdict(self.counts), "unmeasured": self.unmeasured}
-        meta["shared"] = shared
+        meta = {**self.about(), "shared": shared}
         path = Path(path)
         part = path.with_name(path.name + ".part")
         try:
@@ -186,7 +199,17 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
-        """Read what `save` wrote.
+        """Read what `save` wrote, all of it.
+
+        Raises:
+            CurvatureError: the file is no such file.
+        """
+        there = cls.open(path)
+        return replace(there, sums={quantity: cast("Kept", of).read() for quantity, of in there.sums.items()})
+
+    @classmethod
+    def open(cls, path: str | Path) -> Statistics:
+        """What `save` wrote, of which each tensor is read when it is asked for, to the CPU.
 
         Raises:
             CurvatureError: the file is no such file.
@@ -196,13 +219,18 @@ class Statistics:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads((file.metadata() or {}).get("curvkern", "null"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                keys = list(file.keys())
         except SafetensorError as error:
             raise CurvatureError(f"{path}: not a safetensors file ({error})") from None
         if meta is None:
             raise CurvatureError(f"{path}: holds no statistics of curvkern (no 'curvkern' in its metadata)")
-        tensors |= {key: tensors[first] for key, first in meta.get("shared", {}).items()}
-        return cls(_choices(meta["choices"]), _counts(meta["counts"]), _nested(tensors), tuple(meta["unmeasured"]))
+        there = {key: key for key in keys} | meta.get("shared", {})
+        sums: dict[str, dict[str, str]] = {}
+        for key, stands in there.items():
+            quantity, _, name = key.partition("/")
+            sums.setdefault(quantity, {})[name] = stands
+        kept = {quantity: Kept(Path(path), of) for quantity, of in sums.items()}
+        return cls(_choices(meta["choices"]), _counts(meta["counts"]), kept, tuple(meta["unmeasured"]))
 
 
 def _joined(quantity: str, one: Tensor, other: Tensor) -> Tensor:
@@ -218,14 +246,6 @@ def _choices(found: Mapping[str, Any]) -> Choices:
 def _counts(found: Mapping[str, Any]) -> Counts:
     values: dict[str, Any] = {**found, "data": tuple(found["data"])}
     return Counts(**values)
-
-
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    sums: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        quantity, _, name = key.partition("/")
-        sums.setdefault(quantity, {})[name] = tensor
-    return sums
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curvkern.checkpoint import Checkpoint, TunedView
 from curvkern.layerwise.boundaries import boundaries
 from curvkern.layerwise.error import LayerwiseError
-from curvkern.layerwise.gradient import GradientPass, OnHidden, Watch, unwatched
+from curvkern.layerwise.gradient import GradientPass, OnHidden, Place, Watch, unwatched
 from curvkern.layerwise.loader import Loader
 from curvkern.layerwise.skeleton import build, find_layers
 from curvkern.layerwise.sweep import Losses, Pass
@@ -54,6 +54,7 @@ class LayerwiseModel:
         layers: its decoder layers.
         name: of their list among its modules, such as ``model.layers``.
         device: where it runs.
+        dtype: of its weights.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class LayerwiseModel:
         self.name = name
         self.layers = layers
         self.device = device
+        self.dtype: torch.dtype = model.dtype
         self._loader = loader
         self._opened = ExitStack()
 
@@ -175,6 +177,17 @@ class LayerwiseModel:
                 direction=direction, on_product=on_product,
             )  # fmt: skip
             return self._run(sweep, keep_every)
+
+    def places(self) -> Generator[Place]:
+        """Visit what lies outside of the layers, then each layer while its weights are loaded.
+
+        Raises:
+            CheckpointError: weights could not be read.
+        """
+        yield Place(None, "", self.model)
+        with closing(self._loader.visits(range(len(self.layers)), lambda index: index)) as visits:
+            for index in visits:
+                yield Place(index, f"{self.name}.{index}", self.layers[index])
 
     def close(self) -> None:
         """Close the checkpoint, if it was opened here; closing twice is harmless."""

@@ -75,12 +75,12 @@ def test_stopped_in_memory_and_resumed_by_layer(tmp_path):
 def test_what_does_not_fit_runs_by_layer(tmp_path, monkeypatch):
     path = save(tmp_path / "model", "llama")
     opened = []
-    monkeypatch.setattr("curvkern.curvature.by_layer._free", lambda device: 1000)
+    monkeypatch.setattr("curvkern.curvature.by_layer.free_memory", lambda device: 1000)
     monkeypatch.setattr("curvkern.curvature.by_layer.ByLayer.gather", lambda self, sums: opened.append(1) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         estimate(path, texts())
     assert opened
-    monkeypatch.setattr("curvkern.curvature.by_layer._free", lambda device: 1 << 40)
+    monkeypatch.setattr("curvkern.curvature.by_layer.free_memory", lambda device: 1 << 40)
     assert estimate(path, texts())["fisher_diag"]
 
 
