@@ -101,7 +101,7 @@ def _line(
         _trained(_run("full", aligned, models, seed), guards.none, tuned, out)
     else:
         step, memory = _trained(_run(kind, aligned, models, seed), guard, tuned, out)
-    measured = {"safety": models.harmful, "task": models.task, "statistics": out / "statistics"}
+    measured: dict[str, Any] = {"safety": models.harmful, "task": models.task, "statistics": out / "statistics"}
     restore(aligned, tuned, method="budgeted", out=restored, overwrite=True, **measured)
     line = Line(kind, guard.__name__, _evaluated(tuned, models), _evaluated(restored, models), step, memory)
     tell(f"{kind}: {line.name}, {1e3 * step:.0f} ms a step, harmful rate {_percent(line.tuned.harmful)} %")
@@ -189,7 +189,7 @@ class _Trainer(Trainer):
 
 
 def _evaluated(path: Path, models: DemoModels) -> Evaluation:
-    sets = {name: models.evaluation[name] for name in ("harmful", "benign", "task")}
+    sets: dict[str, Any] = {name: models.evaluation[name] for name in ("harmful", "benign", "task")}
     return evaluate(path, **sets, max_new_tokens=32, batch_size=HELD_OUT)
 
 

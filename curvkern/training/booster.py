@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from curvkern.ops import axpby_list_, ball_perturb_
 from curvkern.training.batches import Batch, Endless, mean_over_ranks_, own_loss
-from curvkern.training.trainer import SCALES, SHARDS, Guard, trained, unwrapped
+from curvkern.training.trainer import SCALES, SHARDS, Guard
+from curvkern.training.wrappers import trained, unwrapped
 
 
 class Booster(Guard):

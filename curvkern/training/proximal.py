@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from curvkern.backend import check
-from curvkern.training.trainer import SCALES, SHARDS, Guard, trained
+from curvkern.training.trainer import SCALES, SHARDS, Guard
+from curvkern.training.wrappers import trained
 
 T = TypeVar("T")
 

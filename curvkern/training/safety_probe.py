@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from curvkern.ops import ball_perturb_, norm_list
 from curvkern.training.batches import Batch
 from curvkern.training.matching import matching
-from curvkern.training.trainer import trained
+from curvkern.training.wrappers import trained
 
 PUBLISHED = ("*.layers.3.mlp.down_proj", "*.layers.9.mlp.down_proj")
 
