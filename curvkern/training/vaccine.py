@@ -74,10 +74,14 @@ class Vaccine:
             return output
 
         with self._hooked(record):
-            found = torch.autograd.grad(loss(), list(outputs.values()))
-        if len(outputs) < len(self._modules):
-            missing = next(name for name in self._modules if name not in outputs)
-            raise RuntimeError(f"Vaccine: the loss does not pass through {missing}; choose modules it depends on.")
+            value = loss()
+            missing = [name for name in self._modules if name not in outputs]
+            if missing:
+                raise RuntimeError(
+                    f"Vaccine: the loss does not pass through {missing[0]}; choose modules it depends on. Of a "
+                    "compiled model that ran before, the graphs do not see them: torch._dynamo.reset()."
+                )
+            found = torch.autograd.grad(value, list(outputs.values()))
         norm = float(norm_list(found))
         if not math.isfinite(norm):
             self.skipped += 1
