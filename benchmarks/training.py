@@ -176,7 +176,8 @@ QV = ["q_proj", "v_proj"]
 WAYS = {
     "full": (llama, (bare, weight_ema, gradient_surgery, proximal_step, booster, vaccine, star_dss, derta, freeze)),
     "LoRA on all": (
-        adapted, (bare, weight_ema, gradient_surgery, proximal_step, booster, safety_probe, asft, asft_basis, asft_dense),
+        adapted,
+        (bare, weight_ema, gradient_surgery, proximal_step, booster, safety_probe, asft, asft_basis, asft_dense),
     ),
     "LoRA on q, v": (lambda: adapted(QV), (bare, asft, asft_basis, asft_dense)),
     "two adapters on all": (lambda: adapted(adapters=("alignment", "task")), (bare, align_guard)),

@@ -40,7 +40,7 @@ class Booster(Guard):
     Raises:
         TypeError, ValueError: batches that end, alpha not above 0, weight below 0.
 
-    Source: Huang et al., Booster (2409.01586), eq. 3 and algorithm 1; defaults of its code.
+    Source: Huang et al., Booster (2409.01586), its algorithm; defaults of its code.
     """
 
     file: ClassVar[str] = "booster.pt"

@@ -43,7 +43,7 @@ class ProximalStep(Guard):
     Raises:
         ValueError: rho below 0, a phase without a step, free outside [0, 1].
 
-    Source: Huang et al., Lisa (2405.18641), algorithm 2; defaults of its code.
+    Source: Huang et al., Lisa (2405.18641), its two states and their proximal term; defaults of its code.
     """
 
     file: ClassVar[str] = "proximal.pt"

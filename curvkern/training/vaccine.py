@@ -38,8 +38,8 @@ class Vaccine:
     Raises:
         TypeError, ValueError: rho not above 0, a pattern that matches no module (says what is near).
 
-    Source: Huang et al., Vaccine (2402.01109), algorithm 1. Two forward and backward passes. Dropout, if any, differs
-    between them.
+    Source: Huang et al., Vaccine (2402.01109), its algorithm. Two forward and backward passes.
+    Dropout, if any, differs between them.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] = ("*.self_attn",), *, rho: float = 2.0) -> None:
