@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from rich.console import Console
 pytest.importorskip("peft")
 
 from curvkern import demo
-from curvkern.demo import guards, training
+from curvkern.demo import guards, train, training
 from curvkern.methods import REGISTRY
 
 
@@ -25,19 +26,18 @@ def told(tmp_path_factory):
         patch.setattr(demo, "HELD_OUT", 4)
         patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
         patch.setattr(training, "STEPS", dict.fromkeys(training.STEPS, 2))
+        patch.setattr(train, "make_model", partial(train.make_model, hidden_size=32, num_hidden_layers=2))
         patch.setattr(guards, "FULL", (guards.none, guards.star_dss))
-        patch.setattr(guards, "LORA", (guards.none, guards.align_guard))
-        patch.setattr(guards, "ALIGNMENT", (guards.none, guards.vaccine))
+        patch.setattr(guards, "LORA", (guards.align_guard,))
+        patch.setattr(guards, "ALIGNMENT", (guards.vaccine,))
         lines = training.run(out, console=console)
     return out, lines, console.export_text()
 
 
 def test_every_guard_is_trained_restored_and_measured(told):
     out, lines, _ = told
-    assert [(line.kind, line.name) for line in lines] == [
-        ("full", "none"), ("full", "star_dss"), ("LoRA", "none"), ("LoRA", "align_guard"), ("alignment", "none"),
-        ("alignment", "vaccine"),
-    ]  # fmt: skip
+    named = [("full", "none"), ("full", "star_dss"), ("LoRA", "align_guard"), ("alignment", "vaccine")]
+    assert [(line.kind, line.name) for line in lines] == named
     for line in lines:
         assert line.step > 0
         assert line.tuned.harmful.total == line.restored.task.total == 4
