@@ -209,8 +209,14 @@ def curvature(
 def demo(
     out: Annotated[Path, typer.Option(help="Where models, results and the page go.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Of data, weights and training.")] = 0,
+    training: Annotated[bool, typer.Option("--training", help="Guards while it is fine-tuned, instead.")] = False,
 ) -> None:
     """Train, align, spoil and restore a tiny model: the whole story in three minutes."""
+    if training:
+        from curvkern.demo.training import run as run_guards
+
+        run_guards(out, seed=seed)
+        return
     from curvkern.demo.story import run
 
     run(out, seed=seed)

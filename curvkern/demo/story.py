@@ -58,7 +58,7 @@ def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Lin
     def tell(text: str) -> None:
         console.print(f"  {text}", highlight=False, soft_wrap=True)
 
-    with _quiet(), console.status("training and restoring"):
+    with quiet(), console.status("training and restoring"):
         models = prepare(out, seed=seed, progress=tell)
         lines = [_evaluated("base (answers everything)", models.base, models)]
         lines.append(_evaluated("aligned (refuses a class)", models.aligned, models))
@@ -75,7 +75,7 @@ def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Lin
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Without transformers' progress bars, one for each model that is written or read, and its notes to developers."""
     from transformers.utils import logging
 

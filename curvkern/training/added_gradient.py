@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.trainer_callback import TrainerCallback
+
+from curvkern.training.trainer import SCALES, SHARDS, Events, refuse
 
 
-class AddedGradient(TrainerCallback):
+class AddedGradient(Events):
     """Backward of a penalty where a step begins, when all gradients are zero.
 
     So it counts once a step however many micro-batches there are and however the Trainer scales their losses, and is
@@ -33,16 +34,7 @@ class AddedGradient(TrainerCallback):
         Raises:
             ValueError: names the option of `TrainingArguments`.
         """
-        for option, why in {
-            "fp16": "its loss scale is divided out of gradients that never had it; train in bf16",
-            "fsdp": "the weights are in shards; use DDP",
-            "deepspeed": "gradients are not where autograd leaves them; use DDP",
-        }.items():
-            if getattr(args, option, None):
-                raise ValueError(
-                    f"{self.guard}: the Trainer runs with {option}, which breaks this callback: {why}, or add "
-                    "penalty(model) to the loss yourself."
-                )
+        refuse(self.guard, args, {**SHARDS, **SCALES}, " Or add penalty(model) to the loss yourself.")
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Adds the gradient."""

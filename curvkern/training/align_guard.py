@@ -3,7 +3,7 @@ r"""AlignGuard-LoRA: two adapters, one where safety is sensitive and one for the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from curvkern.backend import check
 from curvkern.ops import subspace_basis
+from curvkern.training.added_gradient import AddedGradient
 from curvkern.training.lora import factors, lora_layers
-
-if TYPE_CHECKING:
-    from curvkern.training.added_gradient import AddedGradient
 
 TILE = 1 << 20  # entries of an update that exist at a time
 TINY = 1e-12
@@ -155,8 +153,6 @@ class AlignGuardLoRA:
 
     def callback(self) -> AddedGradient:
         """For ``Trainer(callbacks=[guard.callback()])``: the penalty's gradient, once a step; see `AddedGradient`."""
-        from curvkern.training.added_gradient import AddedGradient
-
         return AddedGradient("AlignGuardLoRA", self.penalty)
 
     def _pairs(self, model: nn.Module) -> dict[str, _Pair]:

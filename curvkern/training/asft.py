@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from curvkern.backend import check
 from curvkern.ops import alignment_map, alignment_penalty, subspace_basis
-from curvkern.training.lora import bare, factors, is_lora, lora_layers, oriented
-
-if TYPE_CHECKING:
-    from curvkern.training.added_gradient import AddedGradient
+from curvkern.training.added_gradient import AddedGradient
+from curvkern.training.lora import factors, is_lora, lora_layers, oriented
+from curvkern.training.wrappers import bare
 
 Projector = Literal["gram", "basis"]
 COLUMNS = 256  # of a whole update that are mapped at a time
@@ -131,8 +130,6 @@ class AsFT:
 
     def callback(self) -> AddedGradient:
         """For ``Trainer(callbacks=[guard.callback()])``: the penalty's gradient, once a step; see `AddedGradient`."""
-        from curvkern.training.added_gradient import AddedGradient
-
         return AddedGradient("AsFT", self.penalty)
 
     def _direction(self, name: str, aligned: Tensor, base: Tensor) -> _Direction:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from curvkern.ops import axpby_list_, ball_perturb_
 from curvkern.training.batches import Batch, Endless, mean_over_ranks_, own_loss
-from curvkern.training.trainer import SCALES, SHARDS, Guard, trained, unwrapped
+from curvkern.training.trainer import SCALES, SHARDS, Guard
+from curvkern.training.wrappers import trained, unwrapped
 
 
 class Booster(Guard):
@@ -39,7 +40,7 @@ class Booster(Guard):
     Raises:
         TypeError, ValueError: batches that end, alpha not above 0, weight below 0.
 
-    Source: Huang et al., Booster (2409.01586), eq. 3 and algorithm 1; defaults of its code.
+    Source: Huang et al., Booster (2409.01586), its algorithm; defaults of its code.
     """
 
     file: ClassVar[str] = "booster.pt"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from curvkern.backend import check
 from curvkern.ops import norm_list, surgery_list_
 from curvkern.training.batches import Batch, Endless, mean_over_ranks_
-from curvkern.training.trainer import SCALES, SHARDS, Guard, trained, unwrapped
+from curvkern.training.trainer import SCALES, SHARDS, Guard
+from curvkern.training.wrappers import trained, unwrapped
 
 Granularity = Literal["global", "layer", "tensor"]
 

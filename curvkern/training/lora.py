@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from curvkern.training.wrappers import bare
+
 
 class Factors(NamedTuple):
     """One adapter of one layer, whose update is ``scale * B @ A``: B [o, r], A [r, i]."""
@@ -14,20 +16,6 @@ class Factors(NamedTuple):
     B: Tensor
     A: Tensor
     scale: float
-
-
-def bare(model: nn.Module) -> nn.Module:
-    """The model inside `torch.compile`, DistributedDataParallel and PEFT, whose modules have their plain names."""
-    inner: Any = model
-    while True:
-        if hasattr(inner, "_orig_mod"):
-            inner = inner._orig_mod
-        elif isinstance(inner, nn.parallel.DistributedDataParallel):
-            inner = inner.module
-        elif hasattr(inner, "get_base_model"):
-            inner = inner.get_base_model()
-        else:
-            return inner
 
 
 def is_lora(module: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import IterableDataset
 
 from curvkern.backend import check
-from curvkern.training.trainer import SCALES, SHARDS, Guard, trained
+from curvkern.training.trainer import SCALES, SHARDS, Guard
+from curvkern.training.wrappers import trained
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class ProximalStep(Guard):
     Raises:
         ValueError: rho below 0, a phase without a step, free outside [0, 1].
 
-    Source: Huang et al., Lisa (2405.18641), algorithm 2; defaults of its code.
+    Source: Huang et al., Lisa (2405.18641), its two states and their proximal term; defaults of its code.
     """
 
     file: ClassVar[str] = "proximal.pt"

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy, logsigmoid
 from curvkern.ops import ball_perturb_, norm_list
 from curvkern.training.batches import Batch
 from curvkern.training.matching import matching
-from curvkern.training.trainer import trained
+from curvkern.training.wrappers import trained
 
 PUBLISHED = ("*.layers.3.mlp.down_proj", "*.layers.9.mlp.down_proj")
 
@@ -86,6 +86,9 @@ class SafetyProbe:
 
         Returns:
             The task's loss, without graph.
+
+        Raises:
+            RuntimeError: the task's loss does not pass through the modules.
         """
         vectors = list(self.vectors.values())
         direction = torch.autograd.grad(contrast(), self._theta, allow_unused=True, materialize_grads=True)
@@ -94,9 +97,15 @@ class SafetyProbe:
             undo = ball_perturb_(self._theta, direction, radius, eps=1e-8, saved=self._saved)
         self._saved = undo.saved
         try:
-            harmed = torch.autograd.grad(task(), vectors)
+            harmed = torch.autograd.grad(task(), vectors, allow_unused=True)
         finally:
             undo.restore_()
+        for name, gradient in zip(self.vectors, harmed, strict=True):
+            if gradient is None:
+                raise RuntimeError(
+                    f"SafetyProbe: the task's loss does not pass through {name}; choose modules it depends on. Of a "
+                    "compiled model that ran before, the graphs do not see the vectors: torch._dynamo.reset()."
+                )
         loss = task()
         loss.backward()
         with torch.no_grad():

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from transformers import TrainerCallback as _Events
+    from transformers import TrainerCallback as Events
 else:
 
-    class _Events:
+    class Events:
         """A callback is what answers to the names of events: so nobody waits five seconds for transformers."""
 
         def __getattr__(self, name: str) -> Any:
@@ -33,7 +33,15 @@ SHARDS = {"fsdp": "it keeps weights in shards", "deepspeed": "it keeps weights a
 SCALES = {"fp16": "it scales the loss, and a callback's gradients have no part in that; train in bf16"}
 
 
-class Guard(_Events, ABC):
+def refuse(who: str, args: Any, breaks: dict[str, str], instead: str = "") -> None:
+    """Raise ValueError if `TrainingArguments` have an option that breaks a callback: option -> why; says which."""
+    for option, why in breaks.items():
+        if getattr(args, option, None):
+            given = f"{option}={getattr(args, option)!r}"
+            raise ValueError(f"{who}: does not work with the Trainer's {given}: {why}.{instead}")
+
+
+class Guard(Events, ABC):
     """A callback that writes its state into every checkpoint of the Trainer, and reads it when training resumes.
 
     Attributes:
@@ -67,9 +75,7 @@ class Guard(_Events, ABC):
             FileNotFoundError: training resumes, but the checkpoint has no state of the guard.
         """
         who = type(self).__name__
-        for option, why in self.breaks.items():
-            if getattr(args, option, None):
-                raise ValueError(f"{who}: does not work with the Trainer's {option}={getattr(args, option)!r}: {why}.")
+        refuse(who, args, self.breaks)
         if getattr(state, "is_hyper_param_search", False):
             raise ValueError(f"{who}: does not work in a hyper-parameter search: all trials would share its state.")
         self.attach(kwargs["model"])
@@ -102,27 +108,3 @@ class Guard(_Events, ABC):
 def _checkpoint(args: Any, step: int) -> Path:
     """Where the Trainer puts the checkpoint of a step."""
     return Path(args.output_dir) / f"checkpoint-{step}"
-
-
-def trained(who: str, model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter that is trained; shared ones once; without the prefixes of wrappers.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = {plain(name): p for name, p in model.named_parameters() if p.requires_grad}
-    if not found:
-        raise ValueError(f"{who}: no parameter of the model requires a gradient, so there is nothing to guard.")
-    return found
-
-
-def plain(name: str) -> str:
-    """A parameter's name in the model inside torch.compile and DistributedDataParallel."""
-    while name.startswith(("module.", "_orig_mod.")):
-        name = name.partition(".")[2]
-    return name
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, which expects every forward pass to end in its own backward pass."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -38,8 +38,8 @@ class Vaccine:
     Raises:
         TypeError, ValueError: rho not above 0, a pattern that matches no module (says what is near).
 
-    Source: Huang et al., Vaccine (2402.01109), algorithm 1. Two forward and backward passes. Dropout, if any, differs
-    between them.
+    Source: Huang et al., Vaccine (2402.01109), its algorithm. Two forward and backward passes.
+    Dropout, if any, differs between them.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[str] = ("*.self_attn",), *, rho: float = 2.0) -> None:
@@ -74,10 +74,14 @@ class Vaccine:
             return output
 
         with self._hooked(record):
-            found = torch.autograd.grad(loss(), list(outputs.values()))
-        if len(outputs) < len(self._modules):
-            missing = next(name for name in self._modules if name not in outputs)
-            raise RuntimeError(f"Vaccine: the loss does not pass through {missing}; choose modules it depends on.")
+            value = loss()
+            missing = [name for name in self._modules if name not in outputs]
+            if missing:
+                raise RuntimeError(
+                    f"Vaccine: the loss does not pass through {missing[0]}; choose modules it depends on. Of a "
+                    "compiled model that ran before, the graphs do not see them: torch._dynamo.reset()."
+                )
+            found = torch.autograd.grad(value, list(outputs.values()))
         norm = float(norm_list(found))
         if not math.isfinite(norm):
             self.skipped += 1

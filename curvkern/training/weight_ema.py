@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from curvkern.backend import check
 from curvkern.ops import lerp_list_
 from curvkern.training.averaged import Product, Weight, on_host, products, wide
-from curvkern.training.trainer import SHARDS, Guard, trained
+from curvkern.training.trainer import SHARDS, Guard
+from curvkern.training.wrappers import trained
 
 Lora = Literal["factors", "product"]
 Place = Literal["device", "host"]

@@ -54,6 +54,26 @@ def gradients(model, value):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_gradients_of_factors_do_not_give_the_weights_gradient_that_a_fisher_needs():
+    """What a port makes of them, s (dB A + B dA), is s^2 (G A^T A + B B^T G): another matrix than G."""
+    model, _ = two_adapters()
+    model.base_model.set_adapter(["task"])
+    model.double()
+    layer = next(iter(layers(model).values()))
+    s, a, b, w = (
+        layer.scaling["task"],
+        layer.lora_A["task"].weight,
+        layer.lora_B["task"].weight,
+        layer.base_layer.weight,
+    )
+    w.requires_grad_(True)
+    ids = torch.tensor([texts()[1].ids])
+    da, db, g = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, [a, b, w])
+    port = s * (db @ a + b @ da)
+    torch.testing.assert_close(port, s**2 * (g @ a.mT @ a + b @ b.mT @ g))
+    assert torch.cosine_similarity(port.flatten(), g.flatten(), dim=0) < 0.9
+
+
 # the published split --------------------------------------------------------------------------------------------------
 
 

@@ -88,6 +88,20 @@ def test_projection_alone_is_orthogonal_and_never_longer():
     assert abs(dot) < 1e-9 * (after * sum(g.square().sum() for g in safe.values())).sqrt()
 
 
+def test_the_projection_does_not_hang_on_the_scale_of_the_alignment_loss():
+    reference = finetuning.llama().double()
+    model, refusals, kl = finetuning.moved(reference), finetuning.batch(seed=1), ReferenceKL(reference)
+    safe, found = gradients(model, kl(model, refusals)), []
+    for scale in (1.0, 40.0):
+        for name, p in model.named_parameters():
+            p.grad = 0.01 * p.detach() - 20 * safe[name]
+        loss = lambda model, batch, scale=scale: scale * kl(model, batch)  # noqa: E731
+        assert GradientSurgery([refusals], loss, rho=0.0).attach(model).edit_().conflict.all()
+        found.append([p.grad for p in model.parameters()])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_aligned_model_itself_is_left_alone():
     model = finetuning.llama()
     surgery = GradientSurgery([finetuning.batch(seed=1)], ReferenceKL(deepcopy(model))).attach(model)
