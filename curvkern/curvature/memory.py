@@ -182,8 +182,8 @@ def footprint(
 
 def _of_shape(shape: tuple[int, ...], wanted: Sequence[str], samples: int) -> int:
     """Bytes of a weight's statistics, as if it shared its inputs with no other."""
-    site = Site("", shape, False, None, (), "experts" if len(shape) > 2 else "linear")
     *experts, _, width = shape
+    site = Site("", shape, False, None, (), "experts" if experts else "linear")
     inputs = math.prod(experts) * width**2
     copies = max(({"input_gram": 1, "kfac": 1, "ekfac": 2}.get(quantity, 0) for quantity in wanted), default=0)
     return _stored(site, wanted, samples, (128, 128), 8) + 4 * copies * inputs
