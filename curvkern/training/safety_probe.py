@@ -97,7 +97,7 @@ class SafetyProbe:
             undo = ball_perturb_(self._theta, direction, radius, eps=1e-8, saved=self._saved)
         self._saved = undo.saved
         try:
-            harmed = torch.autograd.grad(task(), vectors, allow_unused=True)
+            harmed: Any = torch.autograd.grad(task(), vectors, allow_unused=True)
         finally:
             undo.restore_()
         for name, gradient in zip(self.vectors, harmed, strict=True):
