@@ -58,7 +58,7 @@ def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Lin
     def tell(text: str) -> None:
         console.print(f"  {text}", highlight=False, soft_wrap=True)
 
-    with _quiet(), console.status("training and restoring"):
+    with quiet(), console.status("training and restoring"):
         models = prepare(out, seed=seed, progress=tell)
         lines = [_evaluated("base (answers everything)", models.base, models)]
         lines.append(_evaluated("aligned (refuses a class)", models.aligned, models))
@@ -75,7 +75,7 @@ def run(out: Path, *, seed: int = 0, console: Console | None = None) -> list[Lin
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """Without transformers' progress bars, one for each model that is written or read, and its notes to developers."""
     from transformers.utils import logging
 
@@ -118,20 +118,14 @@ def _restorations(
 
 
 def _evaluated(name: str, path: Path, models: DemoModels, report: Report | None = None) -> Line:
+    return Line(name, evaluated(path, models), report)
+
+
+def evaluated(path: Path, models: DemoModels) -> Evaluation:
+    """A model's answers on the three held-out sets, counted."""
     from curvkern.evaluate import evaluate
 
-    return Line(
-        name,
-        evaluate(
-            path,
-            harmful=models.evaluation["harmful"],
-            benign=models.evaluation["benign"],
-            task=models.evaluation["task"],
-            max_new_tokens=32,
-            batch_size=120,
-        ),
-        report,
-    )
+    return evaluate(path, **models.evaluation, max_new_tokens=32, batch_size=120)
 
 
 def _percent(rate: Rate | None) -> float:
