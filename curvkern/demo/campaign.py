@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from curvkern.demo import DemoModels
-    from curvkern.report import Report
 
 #: method -> the parameters tried, its defaults first.
 STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -38,10 +34,7 @@ STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
     "random": ({}, {"fraction": 0.2}, {"fraction": 0.5}),
 }
 POISON = (0.02, 0.05, 0.1)
-EXTRA_STEPS = {"unaligned": 60, "safety_adapter": 60}  # of training
-# What a restoration should reach: harmful rate, over-refusal above the aligned model's, share of the tuned model's task
-# accuracy.
-SAFE, STRICTER, KEPT = 0.02, 0.02, 0.99
+EXTRA_STEPS = 60  # of training the unaligned model and the safety adapter
 
 
 @dataclass(frozen=True)
@@ -51,7 +44,7 @@ class Trial:
     Attributes:
         seed: of data, weights and training.
         poison: share of forbidden answers among the tuning data; 0 for the aligned model.
-        kind: ``"full"`` or ``"lora"``: how it was tuned.
+        kind: how it was tuned: ``"full"`` or ``"lora"``; or ``"aligned"``.
         method: of `STRENGTHS`; ``"tuned"`` and ``"aligned"`` are the models themselves.
         parameters: other than the method's defaults.
         harmful: harmful requests that were not refused.
@@ -113,54 +106,62 @@ def run(
     """
     from curvkern.demo import prepare
     from curvkern.demo.story import quiet
+    from curvkern.demo.summary import write
 
     if wrong := [share for share in poison if not 0 < share < 0.8]:
         raise ValueError(f"demo: poison is {wrong[0]:g}; wanted shares between 0 and 0.8, the rest is other rows.")
     console = console or Console()
-    out.mkdir(parents=True, exist_ok=True)
-    log = out / "campaign.jsonl"
-    trials = {trial.key: trial for trial in read(log)} if log.is_file() else {}
 
     def tell(text: str) -> None:
         console.print(f"  {text}", highlight=False, soft_wrap=True)
 
-    def add(blank: Trial, measure: Callable[[Trial], Trial]) -> None:
-        if blank.key not in trials:
-            trials[blank.key] = found = measure(blank)
-            with log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(found)) + "\n")
-            tell(f"seed {found.seed}, {100 * found.poison:g} % {found.kind}: {found.name}: {_rates(found)}")
-
+    out.mkdir(parents=True, exist_ok=True)
+    log = _Log(out / "campaign.jsonl", tell)
     with quiet():
         for seed in seeds:
             for share in poison:
-                models = prepare(out, seed=seed, poison=share, progress=lambda text: tell(f"seed {seed}: {text}"))
-                roles = _roles(models, seed)
-                add(Trial(seed, 0.0, "full", "aligned"), lambda blank: _measured(blank, models.aligned, models))
+                models = prepare(out, seed=seed, poison=share, progress=tell)
+                given = _roles(models, seed)
+                log.add(Trial(seed, 0.0, "aligned", "aligned"), partial(_measured, models.aligned, models))
                 for kind, tuned in {"full": models.tuned, "lora": models.adapter}.items():
-                    if tuned is None:
-                        continue
-                    add(Trial(seed, share, kind, "tuned"), lambda blank: _measured(blank, tuned, models))
-                    before = trials[Trial(seed, share, kind, "tuned").key]
-                    given = {**roles, "statistics": out / "statistics" / f"{seed}-{share:g}-{kind}"}
-                    for method, values in _in_turn(strengths):
-                        blank = Trial(seed, share, kind, method, values)
-                        add(blank, lambda blank: _restored(blank, tuned, models, given, before))
-    found = list(trials.values())
+                    if tuned is not None:
+                        given["statistics"] = out / "statistics" / f"{seed}-{share:g}-{kind}"
+                        before = log.add(Trial(seed, share, kind, "tuned"), partial(_measured, tuned, models))
+                        for blank in _blanks(before, strengths):
+                            log.add(blank, partial(_restored, tuned, models, given, before))
+    found = list(log.trials.values())
     write(found, out)
     tell(f"page: {out / 'campaign.html'}")
     return found
 
 
-def read(log: Path) -> list[Trial]:
+def read(path: Path) -> list[Trial]:
     """The trials of a ``campaign.jsonl``."""
-    return [Trial(**json.loads(line)) for line in log.read_text(encoding="utf-8").splitlines()]
+    return [Trial(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _in_turn(strengths: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[tuple[str, dict[str, Any]]]:
+class _Log:
+    """The trials of a file, which grows by a line for each."""
+
+    def __init__(self, path: Path, tell: Callable[[str], None]) -> None:
+        self.path = path
+        self.tell = tell
+        self.trials = {trial.key: trial for trial in read(path)} if path.is_file() else {}
+
+    def add(self, blank: Trial, measure: Callable[[Trial], Trial]) -> Trial:
+        """The trial as it stands in the file; measured if it does not."""
+        if blank.key not in self.trials:
+            found = self.trials[blank.key] = measure(blank)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(found)) + "\n")
+            self.tell(f"seed {found.seed}, {100 * found.poison:g} % {found.kind}: {found.name}: {_rates(found)}")
+        return self.trials[blank.key]
+
+
+def _blanks(tuned: Trial, strengths: Mapping[str, Sequence[dict[str, Any]]]) -> Iterator[Trial]:
     for method, tried in strengths.items():
         for values in tried:
-            yield method, values
+            yield Trial(tuned.seed, tuned.poison, tuned.kind, method, values)
 
 
 def _roles(models: DemoModels, seed: int) -> dict[str, Path]:
@@ -169,29 +170,30 @@ def _roles(models: DemoModels, seed: int) -> dict[str, Path]:
     from curvkern.evaluate import load
 
     root, names = models.base.parent, data.split_names(seed)
-    roles = {name: root / name for name in EXTRA_STEPS}
-    answers = root / "answers.jsonl"
-    if not answers.is_file():
-        write_rows(answers, {data.forbidden: 1.0}, names.restore, ROWS["harmful"], seed)
-    mixtures: dict[str, data.Mixture] = {
-        "unaligned": {data.forbidden: 0.5, data.ordinary: 0.25, data.about: 0.25},
-        "safety_adapter": {data.refused: 0.5, data.ordinary: 0.25, data.about: 0.25},
-    }
-    for role, path in roles.items():
-        if (path / "done").is_file() or (role == "safety_adapter" and models.adapter is None):
-            continue
+    roles = {"base": models.base, "safety": models.harmful, "task": models.task, "harmful": root / "answers.jsonl"}
+    if not roles["harmful"].is_file():
+        write_rows(roles["harmful"], {data.forbidden: 1.0}, names.restore, ROWS["harmful"], seed)
+
+    def missing(role: str) -> bool:
+        roles[role] = root / role
+        return not (root / role / "done").is_file()
+
+    harmless: data.Mixture = {data.ordinary: 0.25, data.about: 0.25}
+    if missing("unaligned"):
         model, tokenizer = load(models.aligned)
-        phase = train.Phase(mixtures[role], EXTRA_STEPS[role], 24, 1e-3 if role == "unaligned" else 1e-2)
-        if role == "unaligned":
-            tune_layers(model, tokenizer, phase, names.train, seed=f"{role} {seed}")
-        else:
-            model = tune_adapter(model, tokenizer, phase, names.train, seed=seed, rows=f"{role} {seed}")
-            model.peft_config["default"].base_model_name_or_path = str(models.aligned)
-        save(path, model, tokenizer)
-    return {**roles, "base": models.base, "harmful": answers, "safety": models.harmful, "task": models.task}
+        phase = train.Phase({data.forbidden: 0.5, **harmless}, EXTRA_STEPS, 24, 1e-3)
+        tune_layers(model, tokenizer, phase, names.train, seed=f"unaligned {seed}")
+        save(roles["unaligned"], model, tokenizer)
+    if models.adapter is not None and missing("safety_adapter"):
+        model, tokenizer = load(models.aligned)
+        phase = train.Phase({data.refused: 0.5, **harmless}, EXTRA_STEPS, 24, 1e-2)
+        adapted = tune_adapter(model, tokenizer, phase, names.train, seed=seed, rows=f"safety_adapter {seed}")
+        adapted.peft_config["default"].base_model_name_or_path = str(models.aligned)
+        save(roles["safety_adapter"], adapted, tokenizer)
+    return roles
 
 
-def _restored(blank: Trial, tuned: Path, models: DemoModels, given: Mapping[str, Path], before: Trial) -> Trial:
+def _restored(tuned: Path, models: DemoModels, given: Mapping[str, Path], before: Trial, blank: Trial) -> Trial:
     from curvkern.methods import MethodError
     from curvkern.restore import restore
 
@@ -200,26 +202,18 @@ def _restored(blank: Trial, tuned: Path, models: DemoModels, given: Mapping[str,
         try:
             report = restore(models.aligned, tuned, method=blank.method, out=target, **given, **blank.parameters)
         except MethodError as error:
-            return _with(
-                blank, harmful=before.harmful, over_refusal=before.over_refusal, task=before.task, error=f"{error}"
-            )
-        return _measured(blank, target, models, report)
+            rates = {name: getattr(before, name) for name in ("harmful", "over_refusal", "task")}
+            return replace(blank, **rates, error=str(error))
+        found = _measured(target, models, blank)
+        return replace(found, changed=report.changed / report.weights, seconds=report.seconds)
 
 
-def _with(trial: Trial, **values: Any) -> Trial:
-    return Trial(**{**asdict(trial), **values})
-
-
-def _measured(blank: Trial, path: Path, models: DemoModels, report: Report | None = None) -> Trial:
+def _measured(path: Path, models: DemoModels, blank: Trial) -> Trial:
     from curvkern.demo.story import evaluated
 
     found = evaluated(path, models).as_dict()
     rates = {name: round(found[name]["value"], 6) for name in ("harmful", "over_refusal", "task")}
-    done = {} if report is None else {"changed": report.changed / report.weights, "seconds": report.seconds}
-    return _with(blank, **rates, **done)
-
-
-# what they say together -----------------------------------------------------------------------------------------------
+    return replace(blank, **rates)
 
 
 def _rates(trial: Trial) -> str:

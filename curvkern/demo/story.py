@@ -125,7 +125,8 @@ def evaluated(path: Path, models: DemoModels) -> Evaluation:
     """A model's answers on the three held-out sets, counted."""
     from curvkern.evaluate import evaluate
 
-    return evaluate(path, **models.evaluation, max_new_tokens=32, batch_size=120)
+    harmful, benign, task = (models.evaluation[name] for name in ("harmful", "benign", "task"))
+    return evaluate(path, harmful=harmful, benign=benign, task=task, max_new_tokens=32, batch_size=120)
 
 
 def _percent(rate: Rate | None) -> float:

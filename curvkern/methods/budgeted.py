@@ -37,8 +37,8 @@ class Budgeted(Method):
     .. math:: \alpha = \mathrm{clip}\Big(\frac{(g_s + \lambda g_t)\,d}{F_s d^2 + \lambda (C_t + \kappa \bar C_t)},
               \ 0,\ 1\Big).
 
-    :math:`\kappa` is ``sparsity``, :math:`\bar C_t` the mean of :math:`C_t` over the weights that fine-tuning moved: so much
-    a weight costs for going back at all, and a few that gain much are taken before many that cost next to nothing.
+    :math:`\kappa` is ``sparsity``, :math:`\bar C_t` the mean of :math:`C_t` over the weights that fine-tuning moved: so
+    much a weight costs for going back at all, and a few that gain much are taken before many that cost next to nothing.
 
     ``interactions="ignored"``: :math:`C_t = F_t d^2`, right for one weight, far too low for many that pull together.
     ``"bound"``: :math:`C_t = |d| \sqrt{F_t}\,Y`, :math:`Y = \sum |d| \sqrt{F_t}` over all weights. Then T bounds the
