@@ -63,9 +63,9 @@ class Budgeted(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
 
-    budget: float = Field(2.0, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
-    reach: float = Field(1.0, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
-    sparsity: float = Field(8.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
+    budget: float = Field(1.5, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
+    reach: float = Field(0.9, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
+    sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
     interactions: Literal["bound", "ignored"] = Field("bound", description="of the weights' effects on the task")
     hard: bool = Field(True, description="reset whole weights; false: move each by its share")
     compensate: bool = Field(False, description="let free weights make up for the change on task inputs")

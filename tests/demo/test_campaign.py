@@ -4,23 +4,28 @@ import csv
 import json
 import os
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from rich.console import Console
 
-from curvkern import demo
+from curvkern import demo, evaluate, report
 from curvkern.demo import campaign, summary
 from curvkern.demo.campaign import Trial
 from curvkern.methods import REGISTRY, make
 
 STRENGTHS = {
     "merge": ({}, {"weight": 1.0}),
-    "irr": ({},),
+    "resta": ({},),
     "safe_merge": ({"threshold": 1.0, "merge": "factors"},),
     "ascent": ({},),
     "gradient_rollback": ({},),
 }
-FEW = {"merge": STRENGTHS["merge"]}
+FEW = {"merge": ({"weight": 1.0},)}
+
+
+def brief(whole, *paths, **options):
+    return whole(*paths, **{**options, "max_new_tokens": 2})
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,8 @@ def done(tmp_path_factory):
         patch.setattr(demo, "HELD_OUT", 4)
         patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
         patch.setattr(campaign, "EXTRA_STEPS", 2)
+        patch.setattr(report, "render_page", lambda of: "")  # two plots for each trial
+        patch.setattr(evaluate, "evaluate", partial(brief, evaluate.evaluate))
         trials = [
             campaign.run(out, seeds=[3], poison=poison, strengths=strengths, console=console)
             for poison, strengths in (((0.05,), STRENGTHS), ((0.05, 0.2), FEW), ((0.05, 0.2), FEW))
