@@ -111,9 +111,8 @@ def _spread(group: Sequence[Trial], column: str) -> tuple[float, float, float]:
 
 
 def _cell(middle: float, least: float, largest: float) -> str:
-    if least == largest:
-        return f"{middle:.3g}"
-    return f"{middle:.3g} [{least:.3g}-{largest:.3g}]"
+    low, high = f"{least:.3g}", f"{largest:.3g}"
+    return f"{middle:.3g}" if low == high else f"{middle:.3g} [{low}-{high}]"
 
 
 def _heads() -> list[str]:
