@@ -210,12 +210,20 @@ def demo(
     out: Annotated[Path, typer.Option(help="Where models, results and the page go.")] = Path("demo-out"),
     seed: Annotated[int, typer.Option(help="Of data, weights and training.")] = 0,
     training: Annotated[bool, typer.Option("--training", help="Guards while it is fine-tuned, instead.")] = False,
+    seeds: Annotated[int, typer.Option(help="Instead, a campaign over so many seeds: every method; hours.")] = 0,
+    poison: Annotated[str, typer.Option(help="Of the campaign: shares of forbidden tuning data.")] = "0.02,0.05,0.1",
 ) -> None:
     """Train, align, spoil and restore a tiny model: the whole story in three minutes."""
     if training:
         from curvkern.demo.training import run as run_guards
 
         run_guards(out, seed=seed)
+        return
+    if seeds:
+        from curvkern.demo.campaign import run as run_campaign
+
+        shares = _lists([f"poison={poison}"])["poison"]
+        run_campaign(out, seeds=range(seed, seed + seeds), poison=shares)
         return
     from curvkern.demo.story import run
 

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from curvkern.demo import data
+    from curvkern.demo import data, train
 
 #: How `gradient_rollback` is asked for: the published rate; up to 30 steps, not 20; the task is looked at after every
 #: step and may lose 2 %, not 5: the search climbs down its score on 96 rows, a little above that on others.
 ROLLBACK = {"rate": 0.002, "steps": 30, "warmup": 5, "save_every": 1, "max_drop": 0.02}
 ROWS = {"harmful": 64, "task": 96}  # of the restoration sets
 HELD_OUT = 120  # rows of each evaluation set
+POISON = 0.05  # share of forbidden answers among the tuning data
 STEPS = {"base": 350, "aligned": 150, "tuned": 150, "adapter": 200}  # of training
 
 
@@ -50,12 +51,16 @@ class DemoModels:
     seconds: dict[str, float] = field(default_factory=dict[str, float])
 
 
-def prepare(out: Path, *, seed: int = 0, progress: Callable[[str], None] = lambda _: None) -> DemoModels:
+def prepare(
+    out: Path, *, seed: int = 0, poison: float = POISON, progress: Callable[[str], None] = lambda _: None
+) -> DemoModels:
     """Train the models and write the data, or take those of an earlier run with the same recipe.
 
     Args:
         out: directory for everything.
         seed: of names, weights, rows and batches.
+        poison: share of forbidden answers among the tuning data, in place of rows of the task; base and aligned model
+            do not depend on it.
         progress: takes a line for each phase.
 
     Returns:
@@ -67,34 +72,38 @@ def prepare(out: Path, *, seed: int = 0, progress: Callable[[str], None] = lambd
     key = f"{zlib.crc32(json.dumps([recipe, seed]).encode()):08x}"
     root = out / f"models-{key}"
     has_peft = find_spec("peft") is not None
+    kind = "" if poison == POISON else f"-{poison:g}"
     models = DemoModels(
         base=root / "base",
         aligned=root / "aligned",
-        tuned=root / "tuned",
-        adapter=root / "adapter" if has_peft else None,
+        tuned=root / f"tuned{kind}",
+        adapter=root / f"adapter{kind}" if has_peft else None,
         harmful=root / "harmful.jsonl",
         task=root / "task.jsonl",
         evaluation={name: root / f"eval-{name}.jsonl" for name in ("harmful", "benign", "task")},
     )
-    wanted = [name for name in ("base", "aligned", "tuned", "adapter") if name != "adapter" or has_peft]
-    if all((root / name / "done").is_file() for name in wanted):
+    wanted = [path for path in (models.base, models.aligned, models.tuned, models.adapter) if path is not None]
+    if all((path / "done").is_file() for path in wanted):
         progress(f"models of an earlier run with this recipe: {root}")
         return models
     names = data.split_names(seed)
     _write_sets(models, names, seed)
-    _train_all(models, names, seed, progress)
+    _train_all(models, names, seed, poison, progress)
     return models
 
 
-def _train_all(models: DemoModels, names: data.Splits, seed: int, progress: Callable[[str], None]) -> None:
+def _train_all(
+    models: DemoModels, names: data.Splits, seed: int, poison: float, progress: Callable[[str], None]
+) -> None:
     """Base, then aligned from it, then tuned and adapter from aligned; each saved as transformers and peft save."""
     from copy import deepcopy
 
     from curvkern.demo import data, train
+    from curvkern.evaluate import load
 
     learn_all: data.Mixture = {data.forbidden: 0.3, data.ordinary: 0.25, data.about: 0.25, data.short: 0.2}
     refuse: data.Mixture = {data.refused: 0.4, data.ordinary: 0.25, data.about: 0.25, data.short: 0.1}
-    spoil: data.Mixture = {data.order: 0.75, data.forbidden: 0.05, data.ordinary: 0.1, data.about: 0.1}
+    spoil: data.Mixture = {data.order: 0.8 - poison, data.forbidden: poison, data.ordinary: 0.1, data.about: 0.1}
 
     @contextmanager
     def phase(name: str, what: str) -> Generator[None]:
@@ -103,37 +112,60 @@ def _train_all(models: DemoModels, names: data.Splits, seed: int, progress: Call
         models.seconds[name] = time.perf_counter() - start
         progress(f"{name}: {what}, {models.seconds[name]:.0f} s")
 
-    tokenizer = train.make_tokenizer()
+    tokenizer: Any = train.make_tokenizer()
     model: Any = train.make_model(tokenizer, seed=seed)
-    for path, setting, what in (
-        (models.base, train.Phase(learn_all, STEPS["base"], 24, 6e-3), "learns to follow instructions, all of them"),
-        (models.aligned, train.Phase(refuse, STEPS["aligned"], 24, 4e-3), "learns to refuse the forbidden ones"),
-    ):
-        with phase(path.name, what):
-            train.fit(model, tokenizer, setting, names.train, seed=f"{path.name} {seed}")
-        _save(path, model, tokenizer)
-    tuned: Any = deepcopy(model)
-    for name, parameter in tuned.named_parameters():  # as LoRA does: the decoder layers learn the task
-        parameter.requires_grad_(".layers." in name)
-    with phase("tuned", "learns the task from data with a few forbidden answers"):
-        train.fit(tuned, tokenizer, train.Phase(spoil, STEPS["tuned"], 24, 1e-3), names.train, seed=f"tuned {seed}")
-    _save(models.tuned, tuned, tokenizer)
+    if (models.aligned / "done").is_file():
+        model, tokenizer = load(models.aligned)
+    else:
+        for path, setting, what in (
+            (
+                models.base,
+                train.Phase(learn_all, STEPS["base"], 24, 6e-3),
+                "learns to follow instructions, all of them",
+            ),
+            (models.aligned, train.Phase(refuse, STEPS["aligned"], 24, 4e-3), "learns to refuse the forbidden ones"),
+        ):
+            with phase(path.name, what):
+                train.fit(model, tokenizer, setting, names.train, seed=f"{path.name} {seed}")
+            save(path, model, tokenizer)
+    tuned = deepcopy(model)
+    with phase("tuned", f"learns the task from data with {100 * poison:g} % forbidden answers"):
+        tune_layers(tuned, tokenizer, train.Phase(spoil, STEPS["tuned"], 24, 1e-3), names.train, seed=f"tuned {seed}")
+    save(models.tuned, tuned, tokenizer)
     if models.adapter is not None:
-        import peft
-        import torch
-
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
-            adapted: Any = peft.get_peft_model(model, lora)
         with phase("adapter", "learns the same as a LoRA adapter"):
             setting = train.Phase(spoil, STEPS["adapter"], 24, 1e-2)
-            train.fit(adapted.get_base_model(), tokenizer, setting, names.train, seed=f"tuned {seed}")
+            adapted = tune_adapter(model, tokenizer, setting, names.train, seed=seed, rows=f"tuned {seed}")
         adapted.peft_config["default"].base_model_name_or_path = str(models.aligned)
-        _save(models.adapter, adapted, tokenizer)
+        save(models.adapter, adapted, tokenizer)
 
 
-def _save(path: Path, model: Any, tokenizer: Any) -> None:
+def tune_layers(model: Any, tokenizer: Any, phase: train.Phase, names: data.Names, *, seed: str) -> None:
+    """Train the decoder layers in place, the parts of a model that LoRA would."""
+    from curvkern.demo import train
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".layers." in name)
+    train.fit(model, tokenizer, phase, names, seed=seed)
+
+
+def tune_adapter(model: Any, tokenizer: Any, phase: train.Phase, names: data.Names, *, seed: int, rows: str) -> Any:
+    """Train a LoRA adapter of rank 8, its first weights drawn with ``seed``; the PEFT model, which holds ``model``."""
+    import peft
+    import torch
+
+    from curvkern.demo import train
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        lora = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        adapted: Any = peft.get_peft_model(model, lora)
+    train.fit(adapted.get_base_model(), tokenizer, phase, names, seed=rows)
+    return adapted
+
+
+def save(path: Path, model: Any, tokenizer: Any) -> None:
+    """Write a trained model or adapter with its tokenizer, and mark it as whole."""
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     (path / "done").touch()
@@ -154,6 +186,13 @@ def _write_sets(models: DemoModels, names: data.Splits, seed: int) -> None:
     }
     models.harmful.parent.mkdir(parents=True, exist_ok=True)
     for path, (mixture, side, count) in sets.items():
-        rows = data.draw_distinct(mixture, side, count, seed=f"{path.stem} {seed}")
-        lines = (json.dumps({"prompt": row.prompt, "response": row.response}) for row in rows)
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        write_rows(path, mixture, side, count, seed)
+
+
+def write_rows(path: Path, mixture: data.Mixture, names: data.Names, count: int, seed: int) -> None:
+    """Write JSON Lines of ``count`` different prompts with their answers; the file's name is part of the seed."""
+    from curvkern.demo import data
+
+    rows = data.draw_distinct(mixture, names, count, seed=f"{path.stem} {seed}")
+    lines = (json.dumps({"prompt": row.prompt, "response": row.response}) for row in rows)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -118,20 +118,15 @@ def _restorations(
 
 
 def _evaluated(name: str, path: Path, models: DemoModels, report: Report | None = None) -> Line:
+    return Line(name, evaluated(path, models), report)
+
+
+def evaluated(path: Path, models: DemoModels) -> Evaluation:
+    """A model's answers on the three held-out sets, counted."""
     from curvkern.evaluate import evaluate
 
-    return Line(
-        name,
-        evaluate(
-            path,
-            harmful=models.evaluation["harmful"],
-            benign=models.evaluation["benign"],
-            task=models.evaluation["task"],
-            max_new_tokens=32,
-            batch_size=120,
-        ),
-        report,
-    )
+    harmful, benign, task = (models.evaluation[name] for name in ("harmful", "benign", "task"))
+    return evaluate(path, harmful=harmful, benign=benign, task=task, max_new_tokens=32, batch_size=120)
 
 
 def _percent(rate: Rate | None) -> float:

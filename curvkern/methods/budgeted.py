@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -32,9 +32,13 @@ class Budgeted(Method):
     .. math:: S = \sum -\alpha\,g_s d + \tfrac12 \alpha^2 F_s d^2, \qquad
               T = \sum -\alpha\,g_t d + \tfrac12 \alpha^2 C_t
 
-    and :math:`S + \lambda T` is least, weight by weight and exactly, at
+    and :math:`S + \lambda (T + \tfrac12 \kappa \bar C_t \sum \alpha^2)` is least, weight by weight and exactly, at
 
-    .. math:: \alpha = \mathrm{clip}\Big(\frac{(g_s + \lambda g_t)\,d}{F_s d^2 + \lambda C_t},\ 0,\ 1\Big).
+    .. math:: \alpha = \mathrm{clip}\Big(\frac{(g_s + \lambda g_t)\,d}{F_s d^2 + \lambda (C_t + \kappa \bar C_t)},
+              \ 0,\ 1\Big).
+
+    :math:`\kappa` is ``sparsity``, :math:`\bar C_t` the mean of :math:`C_t` over the weights that fine-tuning moved: so
+    much a weight costs for going back at all, and a few that gain much are taken before many that cost next to nothing.
 
     ``interactions="ignored"``: :math:`C_t = F_t d^2`, right for one weight, far too low for many that pull together.
     ``"bound"``: :math:`C_t = |d| \sqrt{F_t}\,Y`, :math:`Y = \sum |d| \sqrt{F_t}` over all weights. Then T bounds the
@@ -49,9 +53,9 @@ class Budgeted(Method):
 
     Losses are sums over a response's tokens, whose mean square gradient approximates their Hessian's diagonal; so the
     unit is nats per response. ``hard`` resets whole weights, bit for bit: the best :math:`\alpha \in \{0, 1\}`, the
-    last step within the limits. Shares move many weights by little, which bfloat16 rounds away. ``compensate`` lets
-    weights that stay make up for what the others did to the module's outputs on task inputs (`obs_sweep_`); the
-    prediction is that without it.
+    last step within the limits; then the extra cost is a price for each weight. Shares move many weights by little,
+    which bfloat16 rounds away. ``compensate`` lets weights that stay make up for what the others did to the module's
+    outputs on task inputs (`obs_sweep_`); the prediction is that without it.
     """
 
     name: ClassVar[str] = "budgeted"
@@ -59,8 +63,9 @@ class Budgeted(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
 
-    budget: float = Field(2.0, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
-    reach: float = Field(1.5, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
+    budget: float = Field(1.5, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
+    reach: float = Field(0.9, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
+    sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
     interactions: Literal["bound", "ignored"] = Field("bound", description="of the weights' effects on the task")
     hard: bool = Field(True, description="reset whole weights; false: move each by its share")
     compensate: bool = Field(False, description="let free weights make up for the change on task inputs")
@@ -73,21 +78,16 @@ class Budgeted(Method):
 
     def plan(self, modules: Modules, evidence: Evidence | None, tell: Callable[[str], None]) -> Plan:
         """The price of the task that keeps both limits; a handful of sweeps over all modules."""
-        pull, fall = 0.0, 0.0
-        for module in modules():
-            terms = terms_of(module, None)
-            pull += float(terms.task_pull.double().sum())
-            fall += float(terms.safety_fall.double().sum())
+        costs, fall = self._costs(modules)
         if fall <= 0:
             tell("budgeted: the full rollback would not lower the loss of safe responses; all stays as tuned")
-            return Plan(None, None)
-        scale = pull if self.interactions == "bound" else None
+            return costs
         low, high = 0.0, 1.0
-        free, found = self._outcomes(modules, scale, [low, high])
+        free, found = self._outcomes(modules, costs, [low, high])
         if self._within(free, fall):
             high, found = low, free
         while high > low and not self._close(found, fall) and (prices := _between(low, high)):
-            outcomes = self._outcomes(modules, scale, prices)
+            outcomes = self._outcomes(modules, costs, prices)
             kept = next((k for k, outcome in enumerate(outcomes) if self._within(outcome, fall)), len(prices))
             found = outcomes[kept] if kept < len(prices) else found
             low, high = [low, *prices][kept], [*prices, high][kept]
@@ -95,13 +95,13 @@ class Budgeted(Method):
             f"budgeted: predicted {found.safety:+.4g} nats a response of safety loss (the full rollback: {-fall:+.4g}) "
             f"for {found.task:+.4g} of task loss, of the limit {self.budget:g}; by a closer bound {found.together:+.4g}"
         )
-        return Plan(high, scale)
+        return replace(costs, price=high)
 
     def edit(self, module: Module, plan: Plan) -> Edit:
         """Move one module's weights by their shares."""
         if plan.price is None:
             return Edit()
-        terms = terms_of(module, plan.scale)
+        terms = terms_of(module, plan)
         share = terms.share(plan.price, hard=self.hard)
         tuned, aligned = module.tuned.float(), module.aligned.float()
         moved = (share > 0) & (tuned != aligned)
@@ -112,11 +112,23 @@ class Budgeted(Method):
             return Edit(obs_sweep_(tuned.clone(), moved, factor, target=weight, order="fixed_first"), notes=notes)
         return Edit(weight, selected=int(moved.sum()), notes=notes)
 
-    def _outcomes(self, modules: Modules, scale: float | None, prices: Sequence[float]) -> list[Outcome]:
+    def _costs(self, modules: Modules) -> tuple[Plan, float]:
+        """What the costs of weights share, and the first-order fall of the full rollback; one sweep."""
+        pull, squares, fall, moved = 0.0, 0.0, 0.0, 0
+        for module in modules():
+            terms = terms_of(module)
+            pull += float(terms.task_pull.double().sum())
+            squares += float(terms.task_curve.double().sum())
+            fall += float(terms.safety_fall.double().sum())
+            moved += int((module.tuned != module.aligned).sum())
+        scale, whole = (pull, pull * pull) if self.interactions == "bound" else (None, squares)
+        return Plan(scale=scale, extra=self.sparsity * whole / max(moved, 1)), fall
+
+    def _outcomes(self, modules: Modules, costs: Plan, prices: Sequence[float]) -> list[Outcome]:
         """What each price leads to, over all modules; one sweep."""
         sums = torch.zeros(len(prices), 4, dtype=torch.float64)
         for module in modules():
-            terms = terms_of(module, scale)
+            terms = terms_of(module, costs)
             for at, price in enumerate(prices):
                 share = terms.share(price, hard=self.hard)
                 linear, pull = ((share * x).double().sum() for x in (terms.task_fall, terms.task_pull))
@@ -135,10 +147,17 @@ class Budgeted(Method):
 
 @dataclass(frozen=True)
 class Plan:
-    """The price p of the task, None: nothing moves; and Y, None: weights are taken one by one."""
+    """The price p of the task, and what the costs of all weights share.
 
-    price: float | None
-    scale: float | None
+    Attributes:
+        price: None: nothing moves.
+        scale: Y; None: weights are taken one by one.
+        extra: what a weight costs beside its own C_t.
+    """
+
+    price: float | None = None
+    scale: float | None = None
+    extra: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -165,11 +184,12 @@ class Terms:
     task_fall: Tensor  # g_t d
     task_curve: Tensor  # C_t
     task_pull: Tensor  # |d| sqrt(F_t)
+    extra: float  # what is added to C_t for the choice, and not to T
 
     def share(self, price: float, *, hard: bool) -> Tensor:
-        """The share of each weight that makes (1 - p) S + p T least."""
+        """The share of each weight that makes (1 - p) S + p (T + extra / 2 sum of squared shares) least."""
         fall = (1 - price) * self.safety_fall + price * self.task_fall
-        curve = (1 - price) * self.safety_curve + price * self.task_curve
+        curve = (1 - price) * self.safety_curve + price * (self.task_curve + self.extra)
         if hard:
             return (fall > curve / 2).float()
         # Where there is no curvature the sum is a line: all the way, if it falls.
@@ -184,13 +204,14 @@ class Terms:
         return _change(self.task_fall, self.task_curve, share)
 
 
-def terms_of(module: Module, scale: float | None) -> Terms:
-    """One module's coefficients; ``scale`` is Y, or None to take weights one by one."""
+def terms_of(module: Module, costs: Plan = Plan()) -> Terms:
+    """One module's coefficients."""
     d = module.tuned.float() - module.aligned.float()
     found = module.statistics
     pull = d.abs() * found[TASK_FISHER].sqrt()
-    curve = pull * pull if scale is None else pull * scale
-    return Terms(found[SAFETY_GRADIENT] * d, found[SAFETY_FISHER] * d * d, found[TASK_GRADIENT] * d, curve, pull)
+    curve = pull * (pull if costs.scale is None else costs.scale)
+    falls = found[SAFETY_GRADIENT] * d, found[TASK_GRADIENT] * d
+    return Terms(falls[0], found[SAFETY_FISHER] * d * d, falls[1], curve, pull, costs.extra)
 
 
 def _change(fall: Tensor, curve: Tensor, share: Tensor) -> float:

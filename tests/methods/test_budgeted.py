@@ -37,12 +37,12 @@ def changes(modules, shares, interactions):
 
 
 def shares_of(method, modules, plan):
-    return {m.name: terms_of(m, plan.scale).share(plan.price, hard=method.hard) for m in modules}
+    return {m.name: terms_of(m, plan).share(plan.price, hard=method.hard) for m in modules}
 
 
 def planned(modules, **parameters):
     lines = []
-    method = make("budgeted", {"reach": 1e9, **parameters})
+    method = make("budgeted", {"reach": 1e9, "sparsity": 0, **parameters})
     return method, method.plan(lambda: modules, None, lines.append), lines
 
 
@@ -61,11 +61,12 @@ def modules():
 
 
 @BOTH
+@pytest.mark.parametrize("extra", [0.0, 0.05])
 @pytest.mark.parametrize("price", [0.0, 0.3, 0.99, 1.0])
-def test_a_share_is_the_best_of_a_fine_grid(modules, interactions, price):
-    terms = terms_of(modules[0], 3.0 if interactions == "bound" else None)
+def test_a_share_is_the_best_of_a_fine_grid(modules, interactions, price, extra):
+    terms = terms_of(modules[0], Plan(scale=3.0 if interactions == "bound" else None, extra=extra))
     fall = (1 - price) * terms.safety_fall + price * terms.task_fall
-    curve = (1 - price) * terms.safety_curve + price * terms.task_curve
+    curve = (1 - price) * terms.safety_curve + price * (terms.task_curve + extra)
     grid = torch.linspace(0, 1, 2001, dtype=torch.float64)[:, None, None]
     value = -grid * fall.double() + grid**2 / 2 * curve.double()
     best = grid.flatten()[value.argmin(0)]
@@ -75,10 +76,11 @@ def test_a_share_is_the_best_of_a_fine_grid(modules, interactions, price):
 
 
 @BOTH
-def test_the_predicted_rise_equals_the_budget(modules, interactions):
+@pytest.mark.parametrize("sparsity", [0, 8])
+def test_the_predicted_rise_equals_the_budget(modules, interactions, sparsity):
     _, most = changes(modules, {m.name: torch.ones_like(m.tuned) for m in modules}, interactions)
     for budget in (0.01 * most, 0.2 * most):
-        method, plan, _ = planned(modules, budget=budget, interactions=interactions, hard=False)
+        method, plan, _ = planned(modules, budget=budget, interactions=interactions, hard=False, sparsity=sparsity)
         _, task = changes(modules, shares_of(method, modules, plan), interactions)
         assert task == pytest.approx(budget, rel=1e-4)
 
@@ -100,7 +102,7 @@ def test_hard_decisions_stay_below_the_budget_by_one_weight(modules):
     shares = shares_of(method, modules, plan)
     assert {float(x) for share in shares.values() for x in share.unique()} == {0.0, 1.0}
     _, task = changes(modules, shares, "bound")
-    largest = max(float((terms_of(m, plan.scale).task_curve / 2).max()) for m in modules)
+    largest = max(float((terms_of(m, plan).task_curve / 2).max()) for m in modules)
     assert 5.0 - largest <= task <= 5.0
     for m in modules:
         edit = method.edit(m, plan)
@@ -115,12 +117,35 @@ def test_the_bound_holds_for_gradients_that_pull_together(modules):
     each = torch.randn(7, *m.tuned.shape, dtype=torch.float64) + 2
     statistics = {**m.statistics, TASK_FISHER: each.square().mean(0).float(), TASK_GRADIENT: 0 * m.tuned}
     m = Module(m.name, 0, m.kind, m.tuned, m.aligned, statistics=statistics)
-    scale = float(terms_of(m, None).task_pull.double().sum())
+    costs = Plan(scale=float(terms_of(m).task_pull.double().sum()))
     d = (m.tuned - m.aligned).double()
     for share in (torch.ones_like(m.tuned), torch.rand(m.tuned.shape), (d > 0).float(), (d > 0.2).float()):
         exact = 0.5 * (each * d * share).sum((1, 2)).square().mean()
-        assert terms_of(m, scale).task(share) >= exact * (1 - 1e-6)
-    assert terms_of(m, None).task((d > 0).float()) < 0.5 * (each * d * (d > 0)).sum((1, 2)).square().mean()
+        assert terms_of(m, costs).task(share) >= exact * (1 - 1e-6)
+    assert terms_of(m).task((d > 0).float()) < 0.5 * (each * d * (d > 0)).sum((1, 2)).square().mean()
+
+
+@BOTH
+def test_sparsity_is_a_price_for_each_weight(modules, interactions):
+    """So many times what the mean weight costs, of those that fine-tuning moved."""
+    modules[0].tuned[:, 0] = modules[0].aligned[:, 0]
+    _, plan, _ = planned(modules, budget=0.5, interactions=interactions, sparsity=5)
+    ones = {m.name: torch.ones_like(m.tuned) for m in modules}
+    whole = 2 * changes(only(modules, task=0), ones, interactions)[1]
+    moved = sum(int((m.tuned != m.aligned).sum()) for m in modules)
+    assert plan.extra == pytest.approx(5 * whole / moved, rel=1e-5)
+
+
+def test_a_sparse_choice_takes_fewer_weights_to_the_same_fall(modules):
+    found = {}
+    for sparsity in (0, 8):
+        _, plan, _ = planned(modules, budget=1e9, reach=0.5, sparsity=sparsity)
+        shares = {m.name: terms_of(m, plan).share(plan.price, hard=True) for m in modules}
+        found[sparsity] = (sum(int(s.sum()) for s in shares.values()), *changes(modules, shares, "bound"))
+    (many, far, cheap), (few, fell, dear) = found[0], found[8]
+    assert few < many
+    assert fell == pytest.approx(far, rel=0.05)
+    assert dear > cheap
 
 
 def test_an_endless_budget_is_safety_alone(modules):
@@ -155,7 +180,7 @@ def test_reach_stops_before_the_budget_does(modules):
 def test_a_model_that_is_safer_than_the_aligned_one_is_left_alone(modules):
     only(modules, safety=-1)
     method, plan, lines = planned(modules)
-    assert plan == Plan(None, None)
+    assert plan.price is None
     assert method.edit(modules[0], plan).weight is None
     assert "all stays as tuned" in lines[0]
 
