@@ -1,6 +1,6 @@
 """Merging checkpoints: `curvkern restore --method merge` beside mergekit and beside reading and writing the bytes.
 
-python benchmarks/peers/merge.py [millions of weights]
+python benchmarks/peers/merge.py [millions of weights] [rounds]
 
 Every way is a process of its own, in turn with the others, from start to end: imports, reading, merging, writing.
 curvkern merges the linear modules of the decoder and compares every module with both inputs for its report; mergekit
@@ -8,7 +8,7 @@ merges all tensors. Where both do the same, their results must agree.
 """
 
 import json
-import resource
+import re
 import shutil
 import statistics
 import subprocess
@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-ROUNDS = 3
 KINDS = {
     "linear": ("linear", {"weight": 0.5}, {"normalize": False}, {"weight": 0.5}),
     "slerp": ("slerp", {}, {"t": 0.5}, {"weight": 0.5}),
@@ -108,7 +107,7 @@ def apart(root):
     return max(worst) / max(float(t.float().abs().max()) for n, t in ours.items() if "_proj." in n)
 
 
-def main(millions=500):
+def main(millions=500, rounds=3):
     """Print the table."""
     with tempfile.TemporaryDirectory(prefix="curvkern-merge-") as directory:
         root = Path(directory)
@@ -118,7 +117,7 @@ def main(millions=500):
             table.add_column(column)
         for kind in KINDS:
             found = {way: [] for way in WAYS}
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for way, runs in found.items():
                     runs.append(measured(root, way, kind))
             both = all(seconds is not None for way in ("curvkern", "mergekit") for seconds, _ in found[way])
@@ -137,6 +136,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         way, root, kind, out = sys.argv[2:]
         WAYS[way](Path(root), kind, Path(out))
-        print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        status = Path(
+            "/proc/self/status"
+        ).read_text()  # getrusage would count what the parent had before it started this
+        print(1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
     else:
         main(*map(int, sys.argv[1:]))
