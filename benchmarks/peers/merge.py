@@ -136,9 +136,7 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         way, root, kind, out = sys.argv[2:]
         WAYS[way](Path(root), kind, Path(out))
-        status = Path(
-            "/proc/self/status"
-        ).read_text()  # getrusage would count what the parent had before it started this
+        status = Path("/proc/self/status").read_text()  # getrusage counts the parent too
         print(1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
     else:
         main(*map(int, sys.argv[1:]))
