@@ -30,20 +30,20 @@ class Budgeted(Method):
     Fishers F of the losses of safe responses (s) and of the task (t) at the tuned model, these change by
 
     .. math:: S = \sum -\alpha\,g_s d + \tfrac12 \alpha^2 F_s d^2, \qquad
-              T = \sum -\alpha\,g_t d + \tfrac12 \alpha^2 C_t
+              T = \sum -\alpha\,g_t d + \tfrac12 \Big(\sum \alpha |d| \sqrt{F_t}\Big)^2
 
-    and :math:`S + \lambda (T + \tfrac12 \kappa \bar C_t \sum \alpha^2)` is least, weight by weight and exactly, at
+    where by Minkowski :math:`E_n (\sum \alpha\,G_n d)^2 \le (\sum \alpha |d| \sqrt{F_t})^2`: whatever many weights do
+    together, T bounds the second-order rise of the task loss. Its square is at most :math:`\sum \alpha^2 C_t` with
+    :math:`C_t = |d| \sqrt{F_t}\,Y`, Y the sum of :math:`|d| \sqrt{F_t}` over all weights (Cauchy-Schwarz). With that
+    in its place :math:`S + \lambda (T + \tfrac12 \kappa \bar C_t \sum \alpha^2)` is least, exactly, at
 
     .. math:: \alpha = \mathrm{clip}\Big(\frac{(g_s + \lambda g_t)\,d}{F_s d^2 + \lambda (C_t + \kappa \bar C_t)},
               \ 0,\ 1\Big).
 
     :math:`\kappa` is ``sparsity``, :math:`\bar C_t` the mean of :math:`C_t` over the weights that fine-tuning moved: so
     much a weight costs for going back at all, and a few that gain much are taken before many that cost next to nothing.
-
-    ``interactions="ignored"``: :math:`C_t = F_t d^2`, right for one weight, far too low for many that pull together.
-    ``"bound"``: :math:`C_t = |d| \sqrt{F_t}\,Y`, :math:`Y = \sum |d| \sqrt{F_t}` over all weights. Then T bounds the
-    second-order rise of the task loss for every choice of shares, since by Minkowski and Cauchy-Schwarz
-    :math:`E_n (\sum \alpha\,G_n d)^2 \le (\sum \alpha |d| \sqrt{F_t})^2 \le Y \sum \alpha^2 |d| \sqrt{F_t}`.
+    ``interactions="ignored"`` takes :math:`C_t = F_t d^2` and its sum for the square in T: right for one weight, far
+    too low for many that pull together.
 
     T and -S fall as :math:`\lambda` rises. One :math:`\lambda = p / (1 - p)` is found for which T equals ``budget``,
     every sweep over the modules narrowing p to a sixteenth; or a larger one, where -S would exceed ``reach`` times
@@ -63,8 +63,8 @@ class Budgeted(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
 
-    budget: float = Field(1.5, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
-    reach: float = Field(0.9, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
+    budget: float = Field(0.1, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
+    reach: float = Field(1.2, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
     sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
     interactions: Literal["bound", "ignored"] = Field("bound", description="of the weights' effects on the task")
     hard: bool = Field(True, description="reset whole weights; false: move each by its share")
@@ -93,7 +93,7 @@ class Budgeted(Method):
             low, high = [low, *prices][kept], [*prices, high][kept]
         tell(
             f"budgeted: predicted {found.safety:+.4g} nats a response of safety loss (the full rollback: {-fall:+.4g}) "
-            f"for {found.task:+.4g} of task loss, of the limit {self.budget:g}; by a closer bound {found.together:+.4g}"
+            f"for {found.task:+.4g} of task loss, of the limit {self.budget:g}"
         )
         return replace(costs, price=high)
 
@@ -131,11 +131,13 @@ class Budgeted(Method):
             terms = terms_of(module, costs)
             for at, price in enumerate(prices):
                 share = terms.share(price, hard=self.hard)
-                linear, pull = ((share * x).double().sum() for x in (terms.task_fall, terms.task_pull))
-                sums[at] += torch.tensor([terms.task(share), terms.safety(share), linear, pull], dtype=torch.float64)
+                fall, pull = ((share * x).double().sum() for x in (terms.task_fall, terms.task_pull))
+                sums[at] += torch.tensor([terms.safety(share), terms.task(share), fall, pull], dtype=torch.float64)
         if not bool(sums.isfinite().all()):
             raise MethodError("budgeted: a predicted loss is not finite; look for NaN or infinity in the weights.")
-        return [Outcome(task, safety, pull * pull / 2 - linear) for task, safety, linear, pull in sums.tolist()]
+        if self.interactions == "ignored":
+            return [Outcome(safety, alone) for safety, alone, _, _ in sums.tolist()]
+        return [Outcome(safety, pull * pull / 2 - fall) for safety, _, fall, pull in sums.tolist()]
 
     def _within(self, outcome: Outcome, fall: float) -> bool:
         return outcome.task <= self.budget and -outcome.safety <= self.reach * fall
@@ -165,29 +167,27 @@ class Outcome:
     """Predicted changes of the losses in nats per response.
 
     Attributes:
-        task: T.
         safety: S.
-        together: of the task, by Minkowski's bound, which is no sum over weights.
+        task: T.
     """
 
-    task: float
     safety: float
-    together: float
+    task: float
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The coefficients of S and T for one module, float32 like its weight."""
+    """The coefficients of S and of T with C_t in its square, for one module; float32 like its weight."""
 
     safety_fall: Tensor  # g_s d
     safety_curve: Tensor  # F_s d^2
     task_fall: Tensor  # g_t d
     task_curve: Tensor  # C_t
     task_pull: Tensor  # |d| sqrt(F_t)
-    extra: float  # what is added to C_t for the choice, and not to T
+    extra: float  # what is added to C_t for the choice
 
     def share(self, price: float, *, hard: bool) -> Tensor:
-        """The share of each weight that makes (1 - p) S + p (T + extra / 2 sum of squared shares) least."""
+        """The share of each weight that makes (1 - p) S + p (`task` + extra / 2 sum of squared shares) least."""
         fall = (1 - price) * self.safety_fall + price * self.task_fall
         curve = (1 - price) * self.safety_curve + price * (self.task_curve + self.extra)
         if hard:
@@ -200,7 +200,7 @@ class Terms:
         return _change(self.safety_fall, self.safety_curve, share)
 
     def task(self, share: Tensor) -> float:
-        """T."""
+        """T with C_t in its square: where many weights move, far above T."""
         return _change(self.task_fall, self.task_curve, share)
 
 

@@ -22,18 +22,17 @@ BOTH = pytest.mark.parametrize("interactions", ["bound", "ignored"])
 
 def changes(modules, shares, interactions):
     """(S, T) in float64, straight from the definition."""
-    delta = {m.name: m.tuned.double() - m.aligned.double() for m in modules}
-    scale = sum((delta[m.name].abs() * m.statistics[TASK_FISHER].double().sqrt()).sum() for m in modules)
-    safety, task = 0.0, 0.0
+    safety, fall, pull, alone = 0.0, 0.0, 0.0, 0.0
     for m in modules:
-        d, share = delta[m.name], shares[m.name].double()
+        d, share = m.tuned.double() - m.aligned.double(), shares[m.name].double()
         g_s, f_s, g_t, f_t = (
             m.statistics[need].double() for need in (SAFETY_GRADIENT, SAFETY_FISHER, TASK_GRADIENT, TASK_FISHER)
         )
-        curve = f_t * d**2 if interactions == "ignored" else d.abs() * f_t.sqrt() * scale
         safety += float((-share * g_s * d + share**2 / 2 * f_s * d**2).sum())
-        task += float((-share * g_t * d + share**2 / 2 * curve).sum())
-    return safety, task
+        fall += float((share * g_t * d).sum())
+        pull += float((share * d.abs() * f_t.sqrt()).sum())
+        alone += float((share**2 * f_t * d**2).sum())
+    return safety, (pull**2 if interactions == "bound" else alone) / 2 - fall
 
 
 def shares_of(method, modules, plan):
@@ -98,12 +97,15 @@ def test_no_other_shares_of_that_rise_lower_the_safety_loss_more(modules):
 
 
 def test_hard_decisions_stay_below_the_budget_by_one_weight(modules):
-    method, plan, _ = planned(modules, budget=5.0, hard=True)
+    ones = {m.name: torch.ones_like(m.tuned) for m in modules}
+    budget = 0.1 * changes(modules, ones, "bound")[1]
+    method, plan, _ = planned(modules, budget=budget, hard=True)
     shares = shares_of(method, modules, plan)
     assert {float(x) for share in shares.values() for x in share.unique()} == {0.0, 1.0}
     _, task = changes(modules, shares, "bound")
-    largest = max(float((terms_of(m, plan).task_curve / 2).max()) for m in modules)
-    assert 5.0 - largest <= task <= 5.0
+    # Another weight adds its pull times that of all, and its own fall.
+    largest = max(float((t.task_pull * plan.scale + t.task_fall.abs()).max()) for t in map(terms_of, modules))
+    assert budget - largest <= task <= budget
     for m in modules:
         edit = method.edit(m, plan)
         flipped = shares[m.name].bool()
@@ -121,7 +123,8 @@ def test_the_bound_holds_for_gradients_that_pull_together(modules):
     d = (m.tuned - m.aligned).double()
     for share in (torch.ones_like(m.tuned), torch.rand(m.tuned.shape), (d > 0).float(), (d > 0.2).float()):
         exact = 0.5 * (each * d * share).sum((1, 2)).square().mean()
-        assert terms_of(m, costs).task(share) >= exact * (1 - 1e-6)
+        _, together = changes([m], {m.name: share}, "bound")
+        assert terms_of(m, costs).task(share) * (1 + 1e-6) >= together >= exact * (1 - 1e-6)
     assert terms_of(m).task((d > 0).float()) < 0.5 * (each * d * (d > 0)).sum((1, 2)).square().mean()
 
 
