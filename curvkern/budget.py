@@ -14,7 +14,7 @@ from torch import Tensor
 from curvkern.scope import RestoreError, layer_of
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import Checkpoint, TunedView
+    from curvkern.checkpoint import Weights
     from curvkern.curvature import Footprint
 
 
@@ -131,7 +131,7 @@ def size(nbytes: float) -> str:
     return f"{nbytes:.0f} B"
 
 
-def shapes_by_layer(source: Checkpoint | TunedView) -> dict[int | None, dict[str, tuple[int, ...]]]:
+def shapes_by_layer(source: Weights) -> dict[int | None, dict[str, tuple[int, ...]]]:
     """Shapes of each decoder layer's tensors, by number; None: of those outside."""
     found: dict[int | None, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name in source.names:
@@ -140,7 +140,7 @@ def shapes_by_layer(source: Checkpoint | TunedView) -> dict[int | None, dict[str
 
 
 @contextmanager
-def opened(source: Checkpoint | TunedView, device: str, *, resident: bool) -> Generator[Any]:
+def opened(source: Weights, device: str, *, resident: bool) -> Generator[Any]:
     """The model of a checkpoint, or of an adapter on one, in the checkpoint's dtype.
 
     Args:
@@ -157,15 +157,18 @@ def opened(source: Checkpoint | TunedView, device: str, *, resident: bool) -> Ge
         yield model
 
 
-def _loaded(source: Checkpoint | TunedView, device: str) -> Any:
-    """An adapter's weights are put into the aligned model."""
+def _loaded(source: Weights, device: str) -> Any:
+    """An adapter's weights are put into the aligned model, edited ones into the one underneath."""
     from transformers import AutoModelForCausalLM
 
-    from curvkern.checkpoint import TunedView
+    from curvkern.checkpoint import EditedView, TunedView
 
-    under = source.aligned if isinstance(source, TunedView) else source
-    under.require_config()
-    model: Any = AutoModelForCausalLM.from_pretrained(under.directory, dtype="auto")
+    source.require_config()
+    if isinstance(source, EditedView):
+        model = _loaded(source.under, device)
+        _put(model, ((name, source.read(name)) for name in source.edited))
+        return model
+    model: Any = AutoModelForCausalLM.from_pretrained(source.directory, dtype="auto")
     model.to(device).eval()
     if isinstance(source, TunedView):
         changed = (*source.adapter.names, *source.adapter.replaced)

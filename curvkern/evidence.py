@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -20,7 +21,7 @@ from curvkern.scope import RestoreError
 from curvkern.store import Store, asked_of
 
 if TYPE_CHECKING:
-    from curvkern.checkpoint import Bundle, Checkpoint
+    from curvkern.checkpoint import Bundle, Checkpoint, Weights
     from curvkern.curvature import Statistics
     from curvkern.evaluate import Example
     from curvkern.methods import Evidence, Method, Need
@@ -101,14 +102,15 @@ def read_ahead(recipe: Recipe) -> int:
 class ModuleStatistics:
     """What a method's `Method.statistics` ask for, of every module, in memory or in files."""
 
-    def __init__(self, device: str = "cpu") -> None:
-        """Know nothing yet.
+    def __init__(self, device: str = "cpu", known: Mapping[Need, Statistics] = MappingProxyType({})) -> None:
+        """Know nothing yet, or what another found.
 
         Args:
             device: where a module's statistics are handed out.
+            known: as `add` takes them.
         """
         self._device = device
-        self._found: dict[Need, Statistics] = {}
+        self._found: dict[Need, Statistics] = dict(known)
 
     def of(self, name: str, needs: Collection[Need]) -> dict[Need, Tensor]:
         """Those of the statistics that are in ``needs``, of one module: means, where they are sums over data.
@@ -123,6 +125,14 @@ class ModuleStatistics:
             return tensor.to(self._device)
 
         return {need: value(need, found) for need, found in self._found.items() if need in needs}
+
+    def losses(self, needs: Collection[Need]) -> dict[Need, float]:
+        """The mean loss that each of the ``needs`` was measured with."""
+        return {need: found.mean_loss for need, found in self._found.items() if need in needs}
+
+    def without(self, at: str) -> ModuleStatistics:
+        """Those of other models than ``at``."""
+        return ModuleStatistics(self._device, {need: of for need, of in self._found.items() if need.at != at})
 
     def add(self, need: Need, found: Statistics, names: Sequence[str]) -> None:
         """Take a statistic of the modules ``names``.
@@ -142,6 +152,8 @@ def gather_statistics(
     names: Sequence[str],
     *,
     scratch: Path,
+    tuned: Weights | None = None,
+    beside: ModuleStatistics | None = None,
     progress: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> ModuleStatistics:
@@ -157,6 +169,8 @@ def gather_statistics(
         bundle: the opened checkpoints.
         names: the modules that are restored.
         scratch: directory for what does not fit into memory; made if it is needed, and needed as long as the result.
+        tuned: to measure in place of the bundle's tuned model.
+        beside: what is known of other models, for the result.
         progress: show a bar.
         tell: takes lines for the report.
 
@@ -174,12 +188,12 @@ def gather_statistics(
     }
     budget = Budget.of(recipe.memory_budget, recipe.device)
     store = Store(recipe, names, scratch, tell)
-    gathered = ModuleStatistics(recipe.device)
+    gathered = beside or ModuleStatistics(recipe.device)
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
     for need in needs:
         models[need.at][need.data, need.loss].append(need)
     for at, sets in models.items():
-        source = bundle.sources[at]
+        source = tuned if tuned is not None and at == "tuned" else bundle.sources[at]
         asked = [(texts[role], asked_of(wanted)) for (role, _), wanted in sets.items()]
         needed = footprint(shapes_by_layer(source), source.spec(names[0]).dtype.itemsize, asked, frozenset(names))
         roles = " and ".join(sorted({role for role, _ in sets}))

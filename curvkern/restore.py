@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from shutil import rmtree
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -154,14 +156,13 @@ def run_recipes(
             bundle = Bundle(sources, device=recipe.device, max_bytes=read_ahead(recipe))
             for part in parts:
                 stack.enter_context(part.open(bundle, overwrite=overwrite, resume=resume, score=score))
-        known = ModuleStatistics()
+        known, scratch = ModuleStatistics(), stack.enter_context(scratch_beside(recipe.out))
         if asking := [part for part in parts if part.needs]:
-            scratch = stack.enter_context(scratch_beside(recipe.out))
             with _shared(asking, "statistics"):
                 known = _gather(asking, bundle, scratch, progress)
         sweep = _Sweeps(bundle, known, progress)
         for part in parts:
-            _plan(part, sweep, score)
+            _plan(part, sweep, scratch, score)
         with _shared(parts, "edit"):
             _edit_all(parts, sweep)
         for part in parts:
@@ -199,14 +200,59 @@ def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool
     )
 
 
-def _plan(part: Part, sweep: _Sweeps, score: Score | None) -> None:
+def _plan(part: Part, sweep: _Sweeps, scratch: Path, score: Score | None) -> None:
     evidence = None
     if "model" in part.method.needs:
         with part.stages.stage("evidence"):
             evidence = hidden_evidence(part.recipe, part.method, part.data, sweep.bundle, score)
     with part.stages.stage("plan"):
-        wanted = dict.fromkeys(part.names, part.needs)
-        part.plan = part.method.plan(lambda: sweep.modules("planning", wanted), evidence, part.messages.append)
+        part.plan = part.method.plan(_Modules(part, sweep, scratch), evidence, part.messages.append)
+
+
+class _Modules:
+    """One method's modules, as it sees them while it plans."""
+
+    def __init__(
+        self, part: Part, sweep: _Sweeps, scratch: Path, bits: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self._part = part
+        self._sweep = sweep
+        self._scratch = scratch
+        self._bits = bits
+
+    def __call__(self) -> Generator[Module]:
+        for module in self._sweep.modules("planning", dict.fromkeys(self._part.names, self._part.needs)):
+            yield replace(module, tuned=_rolled_back(module.tuned, module.aligned, self._bits.get(module.name)))
+
+    def rolled_back(self, bits: Mapping[str, Tensor]) -> _Modules:
+        """See `methods.Modules`."""
+        from curvkern.checkpoint import EditedView
+
+        part, bundle, progress = self._part, self._sweep.bundle, self._sweep.progress
+        aligned, tuned, scratch = bundle.sources["aligned"], bundle.sources["tuned"], self._scratch / "again"
+        rmtree(scratch, ignore_errors=True)
+        known = gather_statistics(
+            part.recipe.model_copy(update={"statistics": None}),
+            [need for need in part.needs if need.at == "tuned"],
+            part.data,
+            bundle,
+            part.names,
+            scratch=scratch,
+            tuned=EditedView(tuned, bits, lambda name, w: _rolled_back(w, aligned.read(name, w.device), bits[name])),
+            beside=self._sweep.known.without("tuned"),
+            progress=progress,
+        )
+        return _Modules(part, _Sweeps(bundle, known, progress), self._scratch, bits)
+
+
+def _rolled_back(tuned: Tensor, aligned: Tensor, bits: Tensor | None) -> Tensor:
+    from curvkern.ops import rollback_
+
+    if bits is None:
+        return tuned
+    weight = tuned.clone()
+    rollback_(weight, aligned.to(weight.dtype), mask=bits.to(weight.device))
+    return weight
 
 
 def _check_device(device: str) -> None:
@@ -249,6 +295,7 @@ class _Sweeps:
                     factors=self._factors("tuned", name, tensors["tuned"]),
                     safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
                     statistics=self.known.of(name, wanted[name]),
+                    losses=self.known.losses(wanted[name]),
                 )
 
     def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:

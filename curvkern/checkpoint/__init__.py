@@ -17,7 +17,7 @@ from curvkern.checkpoint.error import CheckpointError
 from curvkern.checkpoint.fingerprint import fingerprint, require_recorded
 from curvkern.checkpoint.format import TensorSpec
 from curvkern.checkpoint.read import Checkpoint
-from curvkern.checkpoint.tuned import TunedView, open_tuned
+from curvkern.checkpoint.tuned import EditedView, TunedView, Weights, open_tuned
 from curvkern.checkpoint.write import Writer
 from curvkern.checkpoint.write_adapter import AdapterWriter
 from curvkern.checkpoint.write_delta import DeltaWriter
@@ -30,9 +30,11 @@ __all__ = [
     "CheckpointError",
     "Delta",
     "DeltaWriter",
+    "EditedView",
     "LoraFactors",
     "TensorSpec",
     "TunedView",
+    "Weights",
     "Writer",
     "apply_delta",
     "as_json",

@@ -1,11 +1,11 @@
-"""`TunedView`: an aligned checkpoint with a LoRA adapter applied, one tensor at a time."""
+"""Checkpoints that are never written: an aligned one with a LoRA adapter, one with edited weights; tensor by tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -17,6 +17,37 @@ from curvkern.checkpoint.lora import CONFIG
 from curvkern.checkpoint.read import Checkpoint
 
 _BLOCK_ELEMENTS = 4 << 20
+
+
+class Weights(Protocol):
+    """What a model can be run from: the part that `Checkpoint`, `TunedView` and `EditedView` have in common."""
+
+    @property
+    def path(self) -> Path:
+        """What it was opened from, for messages."""
+        ...
+
+    @property
+    def directory(self) -> Path:
+        """Of the configuration."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Of all tensors."""
+        ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return what a tensor is."""
+        ...
+
+    def read(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Read a tensor."""
+        ...
+
+    def require_config(self) -> None:
+        """Raise `CheckpointError` where there is no configuration."""
+        ...
 
 
 class TunedView:
@@ -70,6 +101,11 @@ class TunedView:
         return self.aligned.metadata(file)
 
     @property
+    def directory(self) -> Path:
+        """As `Checkpoint.directory`: the aligned model's."""
+        return self.aligned.directory
+
+    @property
     def roots(self) -> tuple[Path, ...]:
         """The paths that make up this input: nothing may be written over them."""
         return (*self.aligned.roots, *self.adapter.roots)
@@ -106,6 +142,43 @@ class TunedView:
 
     def __repr__(self) -> str:
         return f"TunedView({self.aligned!r}, adapter={str(self.path)!r})"
+
+
+class EditedView:
+    """Weights of which some are edited as they are read; no edited copy is ever made.
+
+    Attributes:
+        under: The weights underneath.
+        edited: The names of those that are edited.
+    """
+
+    def __init__(
+        self, under: Weights, edited: Collection[str], edit: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> None:
+        """Read nothing yet.
+
+        Args:
+            under: Stays open.
+            edited: Names.
+            edit: Of (name, tensor): the tensor as it is to be, of the same shape, dtype and device.
+        """
+        self.under = under
+        self.edited = frozenset(edited)
+        self._edit = edit
+        self.path, self.directory, self.names = under.path, under.directory, under.names
+
+    def spec(self, name: str) -> TensorSpec:
+        """Return what the tensor ``name`` is."""
+        return self.under.spec(name)
+
+    def read(self, name: str, device: str | torch.device = "cpu") -> torch.Tensor:
+        """Read the tensor ``name``, edited if it is to be."""
+        tensor = self.under.read(name, device)
+        return self._edit(name, tensor) if name in self.edited else tensor
+
+    def require_config(self) -> None:
+        """As `Checkpoint.require_config`."""
+        self.under.require_config()
 
 
 def open_tuned(path: str | Path, aligned: Checkpoint, *, allow_pickle: bool = False) -> Checkpoint | TunedView:

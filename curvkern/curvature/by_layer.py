@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -105,9 +105,9 @@ class ByLayer:
                 self._keeper.take(sums.found, self.parameters())
             self._tell(1 - (place.index or 0) / len(self.model.layers))
 
-        self.model.backward(self._draws(), self._total, watch=watch, spill=self._spill)
+        report = self.model.backward(self._draws(), self._total, watch=watch, spill=self._spill)
         self._swept += 1
-        return self._counts()
+        return self._counts(report.losses)
 
     def products(self, probes: int, hvp: str) -> tuple[Counts, Probes]:
         """One sweep of forward-over-reverse for each probe."""
@@ -117,6 +117,7 @@ class ByLayer:
         every: Iterator[tuple[str, Tensor]] = self.model.model.named_parameters()
         shapes = {name: parameter.shape for name, parameter in every if name in wanted}
         found = Probes(shapes, self.model.device, probes, self._job.seed)
+        losses: tuple[Tensor, ...] = ()
         for probe in range(probes):
 
             def direction(name: str, parameter: Tensor, probe: int = probe) -> Tensor | None:
@@ -127,10 +128,10 @@ class ByLayer:
             def add(name: str, product: Tensor, probe: int = probe) -> None:
                 found.add_product(name, product, probe)
 
-            self.model.tangent(self._batches, self._each, direction, add, spill=self._spill)
+            losses = self.model.tangent(self._batches, self._each, direction, add, spill=self._spill).losses
             self._tell((probe + 1) / probes)
         self._swept += 1
-        return self._counts(), found
+        return self._counts(losses), found
 
     def _draws(self) -> list[_Draw]:
         if self._job.fisher_type == "empirical":
@@ -155,10 +156,11 @@ class ByLayer:
         inside = site.name.startswith(f"{self.model.name}.")
         return not inside if place.index is None else site.name.startswith(f"{place.name}.")
 
-    def _counts(self) -> Counts:
-        counts = Counts()
+    def _counts(self, losses: Iterable[Tensor]) -> Counts:
+        """Of a sweep over all batches, from the losses of each under each draw."""
+        counts = Counts(loss=sum(float(loss.sum()) for loss in losses))
         for batch in self._batches:
-            counts += Counts(rows=len(batch.ids)) + self._job.counted(batch)
+            counts += Counts(rows=len(batch.ids)) + self._job.counted(batch, 0.0)
         return counts
 
     def _tell(self, share: float) -> None:

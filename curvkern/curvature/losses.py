@@ -18,15 +18,15 @@ from curvkern.ops import weighted_cross_entropy
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = False) -> bool:
-    """A backward pass of a batch; false, and none, where a loss is not finite and ``skip`` is set."""
+def backward_losses(model: Any, batch: Batch, loss: str | Loss, *, skip: bool = False) -> float | None:
+    """A backward pass of a batch, and the sum of its losses; neither, where one is not finite and ``skip`` is set."""
     total = total_loss(model, batch, loss)
     if not bool(total.isfinite()):
         with torch.no_grad():
             if not finite(losses_of(model, batch, loss), batch, skip=skip):
-                return False
+                return None
     total.backward()
-    return True
+    return float(total.detach())
 
 
 def total_loss(model: Any, batch: Batch, loss: str | Loss) -> Tensor:

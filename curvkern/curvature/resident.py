@@ -42,9 +42,10 @@ class Job:
     stop: Callable[[], bool]
     sweeps: int
 
-    def counted(self, batch: Batch) -> Counts:
-        """What a batch with finite losses adds, but for its rows."""
+    def counted(self, batch: Batch, loss: float) -> Counts:
+        """What a batch with finite losses of this sum adds, but for its rows."""
         return Counts(
+            loss=loss,
             samples=len(batch.ids) * self.draws,
             tokens=int(batch.mask.sum()) * self.draws,
             targets=int((batch.labels[:, 1:] != UNLABELLED).sum()) * self.draws,
@@ -79,14 +80,17 @@ class Resident:
         """One sweep of backward passes, under the labels that the kind of Fisher asks for."""
         job = self._job
 
-        def backwards(batch: Batch) -> bool:
+        def backwards(batch: Batch) -> float | None:
             started(batch)
+            total = 0.0
             for part in relabelled(self.model, batch, job.fisher_type, job.draws, job.seed, job.loss):
                 started(part)
                 sums.first = batch.first - job.begin
-                if not backward_losses(self.model, part, job.loss, skip=job.skip):
-                    return False
-            return True
+                loss = backward_losses(self.model, part, job.loss, skip=job.skip)
+                if loss is None:
+                    return None
+                total += loss
+            return total
 
         with measured(self.model, job.include, job.exclude, job.kinds, job.texts[0], sums.add) as started:
             return self._sweep(backwards)
@@ -97,28 +101,28 @@ class Resident:
         weights = _parameters(self.model, job.include, job.exclude, job.kinds)
         found = Probes({name: p.shape for name, p in weights.items()}, self.model.device, probes, job.seed)
 
-        def products(batch: Batch) -> bool:
+        def products(batch: Batch) -> float | None:
             with torch.set_grad_enabled(hvp == "exact"):
                 losses = losses_of(self.model, batch, job.loss)
             if not finite(losses, batch, skip=job.skip):
-                return False
+                return None
             if hvp == "exact":
                 found.add(weights, losses.sum())
             else:
                 found.add_differences(weights, lambda: losses_of(self.model, batch, job.loss).sum())
-            return True
+            return float(losses.detach().sum())
 
         plain = twice_differentiable(self.model) if hvp == "exact" else nullcontext()
         with _ready(self.model, weights), plain:
             return self._sweep(products), found
 
-    def _sweep(self, run: Callable[[Batch], bool]) -> Counts:
-        """``run`` every batch; it says whether the batch counts. What is left when ``stop`` says so is left out."""
+    def _sweep(self, run: Callable[[Batch], float | None]) -> Counts:
+        """``run`` every batch; it gives its loss, or None if it does not count. What ``stop`` leaves is left out."""
         counts, job = Counts(), self._job
         for batch in batches(job.texts, job.batch_tokens, self.model.device, job.begin):
             counts += Counts(rows=len(batch.ids))
-            if run(batch):
-                counts += job.counted(batch)
+            if (loss := run(batch)) is not None:
+                counts += job.counted(batch, loss)
             done = batch.first + len(batch.ids)
             job.tell((self._swept * len(job.texts) + done) // job.sweeps, len(job.texts))
             if job.stop() and done < len(job.texts):

@@ -9,6 +9,7 @@ normalised: files of parts of the data add up.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -68,6 +69,7 @@ class Counts:
         tokens: tokens that are no padding.
         targets: tokens that carried loss.
         data: fingerprints of the data, one for each part.
+        loss: the sum of the losses; NaN in files of versions that did not keep it.
     """
 
     rows: int = 0
@@ -75,6 +77,7 @@ class Counts:
     tokens: int = 0
     targets: int = 0
     data: tuple[str, ...] = ()
+    loss: float = field(default=0.0, compare=False)  # the order of its sum is that of the batches
 
     def __add__(self, other: Counts) -> Counts:
         return Counts(
@@ -83,6 +86,7 @@ class Counts:
             self.tokens + other.tokens,
             self.targets + other.targets,
             self.data + other.data,
+            self.loss + other.loss,
         )
 
 
@@ -120,6 +124,11 @@ class Statistics:
     def mean_of(self, quantity: str, name: str) -> Tensor:
         """`mean`, of one parameter."""
         return self[quantity][name] / self._count(quantity)
+
+    @property
+    def mean_loss(self) -> float:
+        """Of a sample; under ``loss="token_mean"``, of a token."""
+        return self.counts.loss / (self.counts.targets if self.choices.loss == "token_mean" else self.counts.samples)
 
     def _count(self, quantity: str) -> float:
         """What a sum is to be divided by."""
@@ -244,7 +253,7 @@ def _choices(found: Mapping[str, Any]) -> Choices:
 
 
 def _counts(found: Mapping[str, Any]) -> Counts:
-    values: dict[str, Any] = {**found, "data": tuple(found["data"])}
+    values: dict[str, Any] = {"loss": math.nan, **found, "data": tuple(found["data"])}
     return Counts(**values)
 
 

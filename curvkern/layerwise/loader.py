@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from curvkern.checkpoint import Checkpoint, TunedView
+from curvkern.checkpoint import Weights
 from curvkern.layerwise.error import LayerwiseError
 from curvkern.layerwise.names import Fill, plan_fills, wanted_dtypes
 
@@ -52,9 +52,7 @@ class Loader:
         traffic: what has been read since the last `reset`.
     """
 
-    def __init__(
-        self, model: Any, layers: str, count: int, source: Checkpoint | TunedView, device: torch.device
-    ) -> None:
+    def __init__(self, model: Any, layers: str, count: int, source: Weights, device: torch.device) -> None:
         """Match all names; read nothing.
 
         Args:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curvkern.checkpoint import Checkpoint, TunedView
+from curvkern.checkpoint import Checkpoint, Weights
 from curvkern.layerwise.boundaries import boundaries
 from curvkern.layerwise.error import LayerwiseError
 from curvkern.layerwise.gradient import GradientPass, OnHidden, Place, Watch, unwatched
@@ -72,7 +72,7 @@ class LayerwiseModel:
     @classmethod
     def open(
         cls,
-        source: str | Path | Checkpoint | TunedView,
+        source: str | Path | Weights,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
         attention: str | None = None,

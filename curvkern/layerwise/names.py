@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvkern.checkpoint import Checkpoint, TunedView
+from curvkern.checkpoint import Weights
 from curvkern.layerwise.error import LayerwiseError
 
 _SHOWN = 6
@@ -43,7 +43,7 @@ class Fill:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
 
-def plan_fills(model: Any, source: Checkpoint | TunedView) -> list[Fill]:
+def plan_fills(model: Any, source: Weights) -> list[Fill]:
     """Match names and shapes; no tensor is read.
 
     Args:
@@ -117,9 +117,7 @@ def _targets(
     return found
 
 
-def _refuse_strange(
-    model: Any, source: Checkpoint | TunedView, strange: list[str], state: Mapping[str, Tensor]
-) -> None:
+def _refuse_strange(model: Any, source: Weights, strange: list[str], state: Mapping[str, Tensor]) -> None:
     # Older checkpoints hold buffers that models now make by themselves.
     ignored = [r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", *(model._keys_to_ignore_on_load_unexpected or ())]
     unknown = [name for name in strange if not any(re.search(pattern, name) for pattern in ignored)]
@@ -132,7 +130,7 @@ def _refuse_strange(
         )
 
 
-def _refuse_missing(model: Any, source: Checkpoint | TunedView, filled: set[str], state: Mapping[str, Tensor]) -> None:
+def _refuse_missing(model: Any, source: Weights, filled: set[str], state: Mapping[str, Tensor]) -> None:
     there = filled.union(*(group for group in tied_groups(model) if group & filled))
     ignored: list[str] = list(model._keys_to_ignore_on_load_missing or ())
     # What may be missing are buffers, which the skeleton has values for.
@@ -145,7 +143,7 @@ def _refuse_missing(model: Any, source: Checkpoint | TunedView, filled: set[str]
         )
 
 
-def _check_shape(source: Checkpoint | TunedView, fill: Fill, state: Mapping[str, Tensor]) -> None:
+def _check_shape(source: Weights, fill: Fill, state: Mapping[str, Tensor]) -> None:
     """One tensor for one parameter has its shape; what is stacked or cut is checked when it is made."""
     if fill.converter is not None:
         return

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from curvkern.checkpoint import Checkpoint, TunedView
+from curvkern.checkpoint import Weights
 from curvkern.layerwise.error import LayerwiseError
 
 
-def build(source: Checkpoint | TunedView, dtype: torch.dtype | None) -> Any:
+def build(source: Weights, dtype: torch.dtype | None) -> Any:
     """The causal language model that ``source`` configures, in eval mode; no tensor is read.
 
     Buffers, such as rotary frequencies, have their values; parameters have names, shapes and dtypes.
@@ -31,8 +31,7 @@ def build(source: Checkpoint | TunedView, dtype: torch.dtype | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source.require_config()
-    checkpoint = source.aligned if isinstance(source, TunedView) else source
-    config: Any = AutoConfig.from_pretrained(checkpoint.directory)
+    config: Any = AutoConfig.from_pretrained(source.directory)
     if getattr(config, "quantization_config", None):
         raise LayerwiseError(f"{source.path}: the weights are quantised; dequantise them first")
     wanted = dtype or getattr(config, "dtype", None) or _first_dtype(source)
@@ -65,7 +64,7 @@ def find_layers(model: Any) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def _first_dtype(source: Checkpoint | TunedView) -> torch.dtype:
+def _first_dtype(source: Weights) -> torch.dtype:
     dtypes = (source.spec(name).dtype for name in source.names)
     return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.get_default_dtype())
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -11,16 +11,18 @@ from pydantic import Field
 from torch import Tensor
 
 from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module, Modules, Need
-from curvkern.ops import blend_, inverse_factor, obs_sweep_
+from curvkern.ops import blend_, inverse_factor, obs_sweep_, pack_mask, unpack_mask
 
 SAFETY_GRADIENT = Need("gradient", "safety", loss="token_sum")
 SAFETY_FISHER = Need("fisher_diag", "safety", loss="token_sum")
 TASK_GRADIENT = Need("gradient", "task", loss="token_sum")
 TASK_FISHER = Need("fisher_diag", "task", loss="token_sum")
+#: Of the smallest statistic there is, of which the loss alone is looked at.
+ALIGNED_LOSS = Need("sample_norms", "safety", at="aligned", loss="token_sum")
 TASK_GRAM = Need("input_gram", "task")
 
 POINTS = 16  # parts that a sweep cuts the range of prices into
-NEAR = 1e-6  # of a limit: close enough
+ENOUGH = 0.01  # of a limit, or of the way: close enough
 
 
 class Budgeted(Method):
@@ -45,11 +47,15 @@ class Budgeted(Method):
     ``interactions="ignored"`` takes :math:`C_t = F_t d^2` and its sum for the square in T: right for one weight, far
     too low for many that pull together.
 
-    T and -S fall as :math:`\lambda` rises. One :math:`\lambda = p / (1 - p)` is found for which T equals ``budget``,
-    every sweep over the modules narrowing p to a sixteenth; or a larger one, where -S would exceed ``reach`` times
-    :math:`\sum g_s d`, the fall to first order on the way to the aligned model: S is close to a line, the loss is not,
-    and further down the line one only leaves the model behind. At p = 1 T is at most 0, so that every budget can be
-    kept; where no limit is reached, p = 0: safety alone.
+    T and -S fall as :math:`\lambda` rises. One :math:`\lambda = p / (1 - p)` is found for which T equals what is left
+    of ``budget``, every sweep over the modules narrowing p to a sixteenth; or a larger one, where -S would exceed
+    ``reach`` times what the loss of safe responses still is above the aligned model's. At p = 1 T is at most 0, so that
+    every budget can be kept; where no limit is reached, p = 0: safety alone.
+
+    S and T are right near the weights that they were measured at, and fine-tuning went far. So losses, gradients and
+    Fishers are measured again after a step, and the next one is taken from there, up to ``rounds`` steps: until all but
+    a hundredth of the way to the aligned model's loss is gone, or the task loss has risen by the budget. A step after
+    which it has risen by more is taken back and tried at half the limits. The last step alone is not measured.
 
     Losses are sums over a response's tokens, whose mean square gradient approximates their Hessian's diagonal; so the
     unit is nats per response. ``hard`` resets whole weights, bit for bit: the best :math:`\alpha \in \{0, 1\}`, the
@@ -63,72 +69,120 @@ class Budgeted(Method):
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
 
-    budget: float = Field(0.1, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
-    reach: float = Field(1.2, gt=0, description="fall of the safety loss to go for, in that of the full rollback")
-    sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
+    budget: float = Field(0.05, ge=0, description="rise of the task loss to allow, in nats per response")
+    reach: float = Field(1.5, gt=0, description="predicted fall of the safety loss in a step, in what is left to go")
+    rounds: int = Field(6, ge=1, description="steps at most, if hard")
     interactions: Literal["bound", "ignored"] = Field("bound", description="of the weights' effects on the task")
     hard: bool = Field(True, description="reset whole weights; false: move each by its share")
     compensate: bool = Field(False, description="let free weights make up for the change on task inputs")
+    sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
     damping: float = Field(0.01, gt=0, description="of the input Gram, for compensate; share of its mean diagonal")
 
     def statistics(self) -> tuple[Need, ...]:
-        """Gradient and Fisher of both losses at the tuned model; the Gram of task inputs for ``compensate``."""
-        always = (SAFETY_GRADIENT, SAFETY_FISHER, TASK_GRADIENT, TASK_FISHER)
+        """Gradient and Fisher of both losses, the aligned model's loss; the Gram of task inputs for ``compensate``."""
+        always = (SAFETY_GRADIENT, SAFETY_FISHER, TASK_GRADIENT, TASK_FISHER, ALIGNED_LOSS)
         return (*always, TASK_GRAM) if self.compensate else always
 
     def plan(self, modules: Modules, evidence: Evidence | None, tell: Callable[[str], None]) -> Plan:
-        """The price of the task that keeps both limits; a handful of sweeps over all modules."""
-        costs, fall = self._costs(modules)
-        if fall <= 0:
-            tell("budgeted: the full rollback would not lower the loss of safe responses; all stays as tuned")
-            return costs
-        low, high = 0.0, 1.0
-        free, found = self._outcomes(modules, costs, [low, high])
-        if self._within(free, fall):
-            high, found = low, free
-        while high > low and not self._close(found, fall) and (prices := _between(low, high)):
-            outcomes = self._outcomes(modules, costs, prices)
-            kept = next((k for k, outcome in enumerate(outcomes) if self._within(outcome, fall)), len(prices))
-            found = outcomes[kept] if kept < len(prices) else found
-            low, high = [low, *prices][kept], [*prices, high][kept]
-        tell(
-            f"budgeted: predicted {found.safety:+.4g} nats a response of safety loss (the full rollback: {-fall:+.4g}) "
-            f"for {found.task:+.4g} of task loss, of the limit {self.budget:g}"
-        )
-        return replace(costs, price=high)
+        """Steps and measurements in turn; a handful of sweeps over all modules for each."""
+        start = now = self._measured(modules)
+        tell(f"budgeted: loss of safe responses {start.safety:.4g} nats, the aligned model's {start.goal:.4g}")
+        if start.safety <= start.goal:
+            tell("budgeted: the tuned model is as safe as the aligned one on these responses; all stays as tuned")
+            return Plan()
+        if not self.hard:
+            price = self._price(modules, now, Limits(self.budget, self.reach * (start.safety - start.goal)), tell)
+            return Plan(price=price, scale=now.scale, extra=now.extra)
+        bits, trust = dict[str, Tensor](), 1.0
+        for left in reversed(range(self.rounds)):
+            rise, to_go = now.task - start.task, now.safety - now.goal
+            if to_go <= ENOUGH * (start.safety - start.goal) or rise >= (1 - ENOUGH) * self.budget > 0:
+                break
+            limits = Limits(trust * (self.budget - rise), trust * self.reach * to_go)
+            tried = self._step(modules, now, limits, bits, tell)
+            if left == 0:
+                return Plan(bits=tried)
+            modules = modules.rolled_back(tried)
+            then = self._measured(modules)
+            tell(f"  measured: safety loss {then.safety:.4g}, task loss {then.task - start.task:+.4g}")
+            if then.task - start.task <= self.budget:
+                bits, now = tried, then
+            else:
+                tell("  beyond the budget: taken back")
+                modules, trust = modules.rolled_back(bits), trust / 2
+        return Plan(bits=bits)
 
     def edit(self, module: Module, plan: Plan) -> Edit:
         """Move one module's weights by their shares."""
-        if plan.price is None:
+        if plan.price is not None:
+            terms = terms_of(module, plan.scale, plan.extra)
+            share = terms.share(plan.price, hard=False)
+            moved = (share > 0) & (module.tuned != module.aligned)
+            weight = blend_(module.tuned.float(), module.aligned.float(), share)
+        elif module.name in plan.bits:
+            moved = unpack_mask(plan.bits[module.name].to(module.tuned.device), module.tuned.shape)
+            share, weight = moved, torch.where(moved, module.aligned.to(module.tuned.dtype), module.tuned)
+        else:
             return Edit()
-        terms = terms_of(module, plan)
-        share = terms.share(plan.price, hard=self.hard)
-        tuned, aligned = module.tuned.float(), module.aligned.float()
-        moved = (share > 0) & (tuned != aligned)
-        weight = blend_(tuned.clone(), aligned, share)
-        notes = {"share": float(share.mean()), "task_rise": terms.task(share)}
+        notes = {"share": float(share.float().mean())}
         if self.compensate and bool(moved.any()):
             factor, _ = inverse_factor(module.statistics[TASK_GRAM], damping=self.damping)
-            return Edit(obs_sweep_(tuned.clone(), moved, factor, target=weight, order="fixed_first"), notes=notes)
+            tuned = module.tuned.float().clone()
+            return Edit(obs_sweep_(tuned, moved, factor, target=weight.float(), order="fixed_first"), notes=notes)
         return Edit(weight, selected=int(moved.sum()), notes=notes)
 
-    def _costs(self, modules: Modules) -> tuple[Plan, float]:
-        """What the costs of weights share, and the first-order fall of the full rollback; one sweep."""
-        pull, squares, fall, moved = 0.0, 0.0, 0.0, 0
+    def _measured(self, modules: Modules) -> Measured:
+        """What the costs of weights share, and the losses; one sweep."""
+        pull, squares, moved = 0.0, 0.0, 0
+        losses: Mapping[Need, float] = {}
         for module in modules():
-            terms = terms_of(module)
+            terms, losses = terms_of(module), module.losses
             pull += float(terms.task_pull.double().sum())
             squares += float(terms.task_curve.double().sum())
-            fall += float(terms.safety_fall.double().sum())
             moved += int((module.tuned != module.aligned).sum())
         scale, whole = (pull, pull * pull) if self.interactions == "bound" else (None, squares)
-        return Plan(scale=scale, extra=self.sparsity * whole / max(moved, 1)), fall
+        safety, task, goal = (losses[need] for need in (SAFETY_GRADIENT, TASK_GRADIENT, ALIGNED_LOSS))
+        return Measured(scale, self.sparsity * whole / max(moved, 1), safety, task, goal)
 
-    def _outcomes(self, modules: Modules, costs: Plan, prices: Sequence[float]) -> list[Outcome]:
+    def _price(self, modules: Modules, costs: Measured, limits: Limits, tell: Callable[[str], None]) -> float:
+        """The price of the task that keeps both limits."""
+        low, high = 0.0, 1.0
+        free, found = self._outcomes(modules, costs, [low, high])
+        if free.within(limits):
+            high, found = low, free
+        while high > low and not found.close(limits) and (prices := _between(low, high)):
+            outcomes = self._outcomes(modules, costs, prices)
+            kept = next((k for k, outcome in enumerate(outcomes) if outcome.within(limits)), len(prices))
+            found = outcomes[kept] if kept < len(prices) else found
+            low, high = [low, *prices][kept], [*prices, high][kept]
+        tell(
+            f"budgeted: predicted {found.safety:+.4g} nats a response of safety loss (limit {-limits.safety:.4g}), "
+            f"{found.task:+.4g} of task loss (limit {limits.task:.4g})"
+        )
+        return high
+
+    def _step(
+        self,
+        modules: Modules,
+        costs: Measured,
+        limits: Limits,
+        bits: Mapping[str, Tensor],
+        tell: Callable[[str], None],
+    ) -> dict[str, Tensor]:
+        """The weights that are rolled back so far, and those that the limits allow in addition; packed."""
+        price = self._price(modules, costs, limits, tell)
+        found = dict(bits)
+        for module in modules():
+            share = terms_of(module, costs.scale, costs.extra).share(price, hard=True)
+            chosen = pack_mask((share > 0) & (module.tuned != module.aligned))
+            found[module.name] = found[module.name] | chosen if module.name in found else chosen
+        return found
+
+    def _outcomes(self, modules: Modules, costs: Measured, prices: Sequence[float]) -> list[Outcome]:
         """What each price leads to, over all modules; one sweep."""
         sums = torch.zeros(len(prices), 4, dtype=torch.float64)
         for module in modules():
-            terms = terms_of(module, costs)
+            terms = terms_of(module, costs.scale, costs.extra)
             for at, price in enumerate(prices):
                 share = terms.share(price, hard=self.hard)
                 fall, pull = ((share * x).double().sum() for x in (terms.task_fall, terms.task_pull))
@@ -139,27 +193,49 @@ class Budgeted(Method):
             return [Outcome(safety, alone) for safety, alone, _, _ in sums.tolist()]
         return [Outcome(safety, pull * pull / 2 - fall) for safety, _, fall, pull in sums.tolist()]
 
-    def _within(self, outcome: Outcome, fall: float) -> bool:
-        return outcome.task <= self.budget and -outcome.safety <= self.reach * fall
-
-    def _close(self, outcome: Outcome, fall: float) -> bool:
-        task, safety = self.budget - outcome.task, self.reach * fall + outcome.safety
-        return 0 <= task <= NEAR * self.budget or 0 <= safety <= NEAR * self.reach * fall
-
 
 @dataclass(frozen=True)
 class Plan:
-    """The price p of the task, and what the costs of all weights share.
+    """Which weights go back, and how far; by default none.
 
     Attributes:
-        price: None: nothing moves.
-        scale: Y; None: weights are taken one by one.
-        extra: what a weight costs beside its own C_t.
+        bits: of whole weights: which, packed, by module.
+        price: of shares: the price p of the task.
+        scale: of shares: Y; None: weights are taken one by one.
+        extra: of shares: what a weight costs beside its own C_t.
     """
 
+    bits: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     price: float | None = None
     scale: float | None = None
     extra: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the way.
+
+    Attributes:
+        scale: Y; None: weights are taken one by one.
+        extra: what a weight costs beside its own C_t.
+        safety: the loss of safe responses, nats per response.
+        task: the task loss.
+        goal: the aligned model's loss of safe responses.
+    """
+
+    scale: float | None
+    extra: float
+    safety: float
+    task: float
+    goal: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of the predicted changes of the losses in nats per response: T at most ``task``, -S at most ``safety``."""
+
+    task: float
+    safety: float
 
 
 @dataclass(frozen=True)
@@ -173,6 +249,15 @@ class Outcome:
 
     safety: float
     task: float
+
+    def within(self, limits: Limits) -> bool:
+        """Whether it keeps both."""
+        return self.task <= limits.task and -self.safety <= limits.safety
+
+    def close(self, limits: Limits) -> bool:
+        """Whether it keeps both, and one of them hardly."""
+        task, safety = limits.task - self.task, limits.safety + self.safety
+        return 0 <= task <= ENOUGH * limits.task or 0 <= safety <= ENOUGH * limits.safety
 
 
 @dataclass(frozen=True)
@@ -204,14 +289,14 @@ class Terms:
         return _change(self.task_fall, self.task_curve, share)
 
 
-def terms_of(module: Module, costs: Plan = Plan()) -> Terms:
-    """One module's coefficients."""
+def terms_of(module: Module, scale: float | None = None, extra: float = 0.0) -> Terms:
+    """One module's coefficients, see `Measured`."""
     d = module.tuned.float() - module.aligned.float()
     found = module.statistics
     pull = d.abs() * found[TASK_FISHER].sqrt()
-    curve = pull * (pull if costs.scale is None else costs.scale)
+    curve = pull * (pull if scale is None else scale)
     falls = found[SAFETY_GRADIENT] * d, found[TASK_GRADIENT] * d
-    return Terms(falls[0], found[SAFETY_FISHER] * d * d, falls[1], curve, pull, costs.extra)
+    return Terms(falls[0], found[SAFETY_FISHER] * d * d, falls[1], curve, pull, extra)
 
 
 def _change(fall: Tensor, curve: Tensor, share: Tensor) -> float:

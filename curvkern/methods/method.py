@@ -54,6 +54,7 @@ class Module:
         safety_adapter: the weight of the aligned model tuned on safety data, like base.
         safety_factors: (B, A, scale) of that model, like factors, if it is a LoRA adapter that changes this module.
         statistics: what the method's `Method.statistics` asked for, float32.
+        losses: the mean loss of the rows and the model of each of these; the same for all modules.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Module:
     safety_adapter: Tensor | None = None
     safety_factors: tuple[Tensor, Tensor, float] | None = None
     statistics: Mapping[Need, Tensor] = field(default_factory=dict["Need", Tensor])
+    losses: Mapping[Need, float] = field(default_factory=dict["Need", float])
 
     def own_seed(self, seed: int) -> int:
         """A seed for this module, from ``seed`` and its name alone: the same in any order and on any device."""
@@ -91,8 +93,22 @@ class Edit:
     notes: dict[str, float] = field(default_factory=dict[str, float])
 
 
-#: Every call streams all modules once, in file order.
-Modules = Callable[[], Iterable[Module]]
+class Modules(Protocol):
+    """All modules that are restored, as often as they are asked for."""
+
+    def __call__(self) -> Iterable[Module]:
+        """Stream all once, in file order."""
+        ...
+
+    def rolled_back(self, bits: Mapping[str, Tensor]) -> Modules:
+        """The modules of the tuned model with some weights rolled back, and statistics at that model, measured anew.
+
+        Statistics of the last such call are gone.
+
+        Args:
+            bits: which weights of a module are the aligned model's, packed, see `curvkern.ops.rollback_`; by name.
+        """
+        ...
 
 
 class Evidence(Protocol):
