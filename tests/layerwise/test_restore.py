@@ -50,7 +50,9 @@ def test_layer_by_layer_gives_the_same_bits(family, tmp_path, method, tuned):
     told = [line for line in small.messages if "layer by layer" in line]
     assert told
     for line in told:
-        assert "hidden states in memory, statistics in files; model 108 KiB, the memory budget of 220 KiB" in line
+        assert "hidden states in memory, " in line
+        assert "model 108 KiB, the memory budget of 220 KiB" in line
+        assert "statistics in files" in line or "at aligned" in line  # there, the losses alone
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "whole"]
 
 
