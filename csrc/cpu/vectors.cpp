@@ -8,9 +8,8 @@ namespace curvkern::cpu::CURVKERN_ISA {
 namespace {
 
 constexpr int64_t kBlock = kSumBlock;
-// Elements worth a thread: half a millisecond, as starting a team costs 0.02 ms where cores are free and five where
-// not.
-constexpr int64_t kThreadElements = int64_t{1} << 19;
+// Elements worth a thread, half a millisecond: starting a team takes 0.02 ms where cores are free, and five where not.
+constexpr int64_t kThreadElements = int64_t{1} << 20;
 static_assert(kVectorsChunk % kSumBlock == 0, "chunks are whole blocks");
 
 // A tensor of the list with its partner.
