@@ -178,8 +178,8 @@ def _edited_directly(
     if table is None or ys[0].is_inference() or (op == "lerp_list_" and not table.only_float32):
         return False
     increment_version(ys)
-    known = all(type(number) is float for number in numbers)
-    launch.edit_pairs(_LAUNCHERS[op], table, numbers if known else coefficients(numbers, ys[0]))
+    known = [number for number in numbers if not isinstance(number, Tensor)]
+    launch.edit_pairs(_LAUNCHERS[op], table, known if len(known) == len(numbers) else coefficients(numbers, ys[0]))
     return True
 
 

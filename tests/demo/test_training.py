@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,22 +10,16 @@ from rich.console import Console
 
 pytest.importorskip("peft")
 
-from curvkern import demo
-from curvkern.demo import guards, train, training
+from curvkern.demo import guards, training
 from curvkern.methods import REGISTRY
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory, hardly_trained):
     """A run with two steps of training a model, one guard of each kind, and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "STEPS", dict.fromkeys(demo.STEPS, 2))
-        patch.setattr(demo, "HELD_OUT", 4)
-        patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
-        patch.setattr(training, "STEPS", dict.fromkeys(training.STEPS, 2))
-        patch.setattr(train, "make_model", partial(train.make_model, hidden_size=32, num_hidden_layers=2))
+    with hardly_trained() as patch:
         patch.setattr(guards, "FULL", (guards.none, guards.star_dss))
         patch.setattr(guards, "LORA", (guards.align_guard,))
         patch.setattr(guards, "ALIGNMENT", (guards.vaccine,))
