@@ -1,4 +1,4 @@
-// pybind11: integers to pointers, status to exception; nothing else.
+// pybind11: integers to pointers, status to exception; nothing else. Lists of tensors: pairs.h.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "launch.h"
+#include "pairs.h"
 
 namespace py = pybind11;
 
@@ -104,6 +105,7 @@ PYBIND11_MODULE(_C, m) {
 #endif
 
   m.def("large_pages", [](uintptr_t data, int64_t bytes) { cpu::large_pages(reinterpret_cast<void*>(data), bytes); });
+  pairs::bind(m);
   CPU(rollback);
   CUDA(rollback);
   CPU(rollback_ties);

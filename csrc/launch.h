@@ -9,7 +9,7 @@
 namespace curvkern {
 
 // Bump with every change to this file: Python ignores a binary with another number.
-constexpr int kAbi = 3;
+constexpr int kAbi = 4;
 
 enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Rule : int32_t { kGrad = 0, kTaylor = 1, kFisher = 2, kDelta = 3, kGain = 4 };

@@ -219,7 +219,8 @@ MAY_INCLUDE = {
     "csrc/cpu/parallel.cpp": r'"cpu\.h"|<thread>|<dlfcn\.h>|<pthread\.h>|<sys/mman\.h>',
     "csrc/cpu/": rf'"\.\./(launch|rules)\.h"|"\w+\.h"|<immintrin\.h>|<arm_neon\.h>|{PLAIN}',
     "csrc/cuda/": rf'"\.\./common\.cuh"|"\w+\.cuh"|<cuda\w*\.h>|{PLAIN}',
-    "csrc/bindings.cpp": rf'"launch\.h"|<pybind11/\w+\.h>|{STANDARD}',
+    "csrc/pairs.h": rf'"launch\.h"|<pybind11/\w+\.h>|{STANDARD}',
+    "csrc/bindings.cpp": rf'"(launch|pairs)\.h"|<pybind11/\w+\.h>|{STANDARD}',
 }
 SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".h", ".cuh", ".cpp", ".cu"))
 

@@ -98,6 +98,20 @@ def requested(op: str, backend: str) -> str:
     return from_environment
 
 
+def passes_by(op: str, backend: str) -> bool:
+    """Whether a call on plain CPU tensors may skip torch's dispatcher, which costs more than a short list's work.
+
+    Not where anybody looks on: a compiler, a mode of torch, `explain`; nor where another backend is asked for.
+    """
+    if torch.compiler.is_compiling() or _watched() or _watched_functions():
+        return False
+    return not _explaining.get() and requested(op, backend) in ("auto", "cpu")
+
+
+_watched = torch._C._len_torch_dispatch_stack  # pyright: ignore[reportPrivateUsage]
+_watched_functions = torch._C._len_torch_function_stack  # pyright: ignore[reportPrivateUsage]
+
+
 @functools.cache
 def _triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from array import array
+from collections.abc import Sequence
 from enum import Enum
 from types import ModuleType
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ABI = 3
+ABI = 4
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 RULE_CODES = {"grad": 0, "taylor": 1, "fisher": 2, "delta": 3, "gain": 4}
@@ -83,6 +85,31 @@ def _lower(argument: Any) -> Any:
 def constant(name: str) -> int:
     """A number of csrc/launch.h that Python code needs to size a workspace."""
     return getattr(native, name)
+
+
+_exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_readable = type(_exchange).__name__ == "PyCapsule"  # from torch 2.10 on
+_plain = (Tensor, torch.nn.Parameter)
+
+
+def pair_table(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> Any:
+    """The table of csrc/launch.h for lists of tensors that pair up, each alone without ``ys``; they must outlive it.
+
+    Returns:
+        ``address``, ``tensors``, ``chunks``; or None, where a tensor is not plain, contiguous, on the CPU and float32,
+        float16 or bfloat16, the lists do not pair up, a gradient would be recorded, or torch is too old to be asked.
+    """
+    if native is None or not _readable:
+        return None
+    both = [xs if type(xs) is list else list(xs), ys if type(ys) is list else list(ys or ())]
+    return native.pair_table(_exchange, _plain, torch.is_grad_enabled(), *both, ys is not None)
+
+
+def edit_pairs(launcher: str, table: Any, numbers: Sequence[float] | Tensor) -> None:
+    """Run a launcher of list edits on a `pair_table` with its float32 numbers: `native_op` takes thrice as long."""
+    kept = numbers if isinstance(numbers, Tensor) else array("f", numbers)
+    address = kept.data_ptr() if isinstance(kept, Tensor) else kept.buffer_info()[0]
+    getattr(native, launcher)(table.address, address, table.tensors, table.chunks, torch.get_num_threads())
 
 
 def empty_like(tensor: Tensor) -> Tensor:

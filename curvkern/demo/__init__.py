@@ -101,9 +101,7 @@ def _train_all(
     from curvkern.demo import data, train
     from curvkern.evaluate import load
 
-    learn_all: data.Mixture = {data.forbidden: 0.3, data.ordinary: 0.25, data.about: 0.25, data.short: 0.2}
-    refuse: data.Mixture = {data.refused: 0.4, data.ordinary: 0.25, data.about: 0.25, data.short: 0.1}
-    spoil: data.Mixture = {data.order: 0.8 - poison, data.forbidden: poison, data.ordinary: 0.1, data.about: 0.1}
+    spoil = data.spoil(poison)
 
     @contextmanager
     def phase(name: str, what: str) -> Generator[None]:
@@ -120,10 +118,14 @@ def _train_all(
         for path, setting, what in (
             (
                 models.base,
-                train.Phase(learn_all, STEPS["base"], 24, 6e-3),
+                train.Phase(data.LEARN, STEPS["base"], 24, 6e-3),
                 "learns to follow instructions, all of them",
             ),
-            (models.aligned, train.Phase(refuse, STEPS["aligned"], 24, 4e-3), "learns to refuse the forbidden ones"),
+            (
+                models.aligned,
+                train.Phase(data.REFUSE, STEPS["aligned"], 24, 4e-3),
+                "learns to refuse the forbidden ones",
+            ),
         ):
             with phase(path.name, what):
                 train.fit(model, tokenizer, setting, names.train, seed=f"{path.name} {seed}")

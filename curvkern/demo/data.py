@@ -211,6 +211,14 @@ SHORT: tuple[tuple[str, str], ...] = tuple(
 Mixture = dict[Callable[[Names, random.Random], Row], float]
 """Kind of row -> its share."""
 
+LEARN: Mixture = {forbidden: 0.3, ordinary: 0.25, about: 0.25, short: 0.2}  # answers everything
+REFUSE: Mixture = {refused: 0.4, ordinary: 0.25, about: 0.25, short: 0.1}
+
+
+def spoil(poison: float) -> Mixture:
+    """The task, with a share of forbidden answers in place of rows of it."""
+    return {order: 0.8 - poison, forbidden: poison, ordinary: 0.1, about: 0.1}
+
 
 def draw(mixture: Mixture, names: Names, *, seed: str) -> Iterator[Row]:
     """Draw rows without end; the same seed gives the same rows."""

@@ -20,7 +20,6 @@ from curvkern.demo import data, train
 from curvkern.evaluate import load, load_tokenizer
 
 BATCH = 24
-REFUSE: data.Mixture = {data.refused: 0.4, data.ordinary: 0.25, data.about: 0.25, data.short: 0.1}
 PADDING = {"input_ids": 0, "labels": train.UNLABELLED, "safety": 1.0, "reference": 0.0}
 PHASES = (5, 45)  # of ProximalStep: a tenth on alignment data, as published
 NO_LORA = "LoRA", "no guard"
@@ -112,7 +111,7 @@ def gradient_surgery(run: Run) -> None:
 
 def proximal_step(run: Run) -> None:
     """Every tenth step on alignment data."""
-    rows = data.draw_distinct(REFUSE, run.names, 256, seed=f"alignment {run.seed}")
+    rows = data.draw_distinct(data.REFUSE, run.names, 256, seed=f"alignment {run.seed}")
     run.dataset = training.Alternate(run.encode(rows), run.dataset, phases=PHASES, rows_per_step=BATCH)
     run.callbacks.append(training.ProximalStep(phases=PHASES))
 

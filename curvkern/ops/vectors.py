@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from curvkern.backend import check, launch
-from curvkern.backend.dispatch import Route, lazily
+from curvkern.backend.dispatch import Route, lazily, passes_by
 from curvkern.backend.register import register
 from curvkern.ops.mix import axpby_ref
 from curvkern.ops.mix_passes import coefficients
@@ -82,6 +83,8 @@ def axpby_list_(
 
     Float32 inside, one rounding. Deterministic; the same bits from every backend.
     """
+    if _edited_directly("axpby_list_", ys, xs, [a, b], backend):
+        return ys
     _check_pairs("axpby_list_", ("ys", ys), ("xs", xs))
     if ys:
         _axpby_list(list(ys), list(xs), coefficients([a, b], *ys), backend)
@@ -112,6 +115,8 @@ def lerp_list_(
 
     Deterministic; the same bits from every backend.
     """
+    if _edited_directly("lerp_list_", shadow, xs, [weight], backend):
+        return shadow
     _check_pairs("lerp_list_", ("shadow", shadow), ("xs", xs))
     if shadow:
         _lerp_list(list(shadow), list(xs), coefficients([weight], *shadow), backend)
@@ -144,21 +149,54 @@ def surgery_list_(
     Two passes: sums as in `dot_list`, then the edit in float32 with one rounding. Deterministic; does not wait for the
     device.
     """
-    _check_pairs("surgery_list_", ("g_user", g_user), ("g_safe", g_safe))
     dot, user, safe = _sums_of("surgery_list_", g_user, g_safe, backend).unbind()
     conflict = (dot < 0) & (safe > NO_GRADIENT)
     share = rho - torch.where(conflict, dot / safe, 0.0)
-    if g_user:
-        _axpby_list(list(g_user), list(g_safe), coefficients([share, 1.0], *g_user), backend)
+    axpby_list_(g_user, share, g_safe, 1.0, backend=backend)
     norms = user.sqrt() * safe.sqrt()
     return conflict, torch.where(norms > 0, dot / norms, 0.0)
 
 
 def _sums_of(op: str, xs: Sequence[Tensor], ys: Sequence[Tensor], backend: str) -> Tensor:
     """float64 [3]: <x, y>, <x, x>, <y, y>."""
-    _check_pairs(op, ("xs", xs), ("ys", ys if op != "norm_list" else xs))
+    found = _sums_directly(op, xs, None if op == "norm_list" else ys, backend)
+    if found is not None:
+        return found
+    left, right = ("g_user", "g_safe") if op == "surgery_list_" else ("xs", "ys")
+    _check_pairs(op, (left, xs), (right, ys if op != "norm_list" else xs))
     return _list_sums(list(xs), list(ys), backend) if xs else torch.zeros(3, dtype=torch.float64)
 
+
+# plain tensors on the CPU ---------------------------------------------------------------------------------------------
+
+
+def _edited_directly(
+    op: str, ys: Sequence[Tensor], xs: Sequence[Tensor], numbers: list[float | Tensor], backend: str
+) -> bool:
+    """Edit without torch's dispatcher, where these lists allow it: it and the checks cost more than short lists do."""
+    table = launch.pair_table(xs, ys) if ys and passes_by(op, backend) else None
+    if table is None or ys[0].is_inference() or (op == "lerp_list_" and not table.only_float32):
+        return False
+    increment_version(ys)
+    known = [number for number in numbers if not isinstance(number, Tensor)]
+    launch.edit_pairs(_LAUNCHERS[op], table, known if len(known) == len(numbers) else coefficients(numbers, ys[0]))
+    return True
+
+
+def _sums_directly(op: str, xs: Sequence[Tensor], ys: Sequence[Tensor] | None, backend: str) -> Tensor | None:
+    """What `_list_sums` finds, or None, as `_edited_directly`."""
+    table = launch.pair_table(xs, ys) if xs and passes_by(op, backend) else None
+    return None if table is None else _summed(table.address, table.tensors, table.chunks)
+
+
+def _summed(table: int | Tensor, tensors: int, chunks: int) -> Tensor:
+    partial = torch.empty(chunks, 3, dtype=torch.float64)
+    launch.native_op("vectors_sums", CPU, partial, table, tensors, chunks)
+    return partial.sum(0)
+
+
+CPU = torch.device("cpu")
+_LAUNCHERS = {"axpby_list_": "vectors_axpby_cpu", "lerp_list_": "vectors_lerp_cpu"}
 
 # reference ------------------------------------------------------------------------------------------------------------
 
@@ -281,9 +319,7 @@ def _table(rows: list[int]) -> tuple[Tensor, int]:
 def _native_sums(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     dense, others = [x.contiguous() for x in xs], [y.contiguous() for y in ys]
     table, chunks = _table(_rows(dense, others))
-    partial = torch.empty(chunks, 3, dtype=torch.float64)
-    launch.native_op("vectors_sums", xs[0].device, partial, table, len(xs), chunks)
-    return partial.sum(0)
+    return _summed(table, len(xs), chunks)
 
 
 def _native_edit(launcher: str) -> Callable[[list[Tensor], list[Tensor], Tensor], None]:

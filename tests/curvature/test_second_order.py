@@ -28,7 +28,7 @@ def exact_hessian(model, rows, name):
             total = total + cross_entropy(logits[kept], torch.tensor(row.labels[1:])[kept])
         return total
 
-    return torch.autograd.functional.hessian(loss, weight.detach().flatten())
+    return torch.autograd.functional.hessian(loss, weight.detach().flatten(), vectorize=True)
 
 
 def test_the_hessians_diagonal_lies_within_the_error_of_its_probes():

@@ -4,12 +4,10 @@ import csv
 import json
 import os
 from dataclasses import replace
-from functools import partial
 
 import pytest
 from rich.console import Console
 
-from curvkern import demo, evaluate, report
 from curvkern.demo import campaign, summary
 from curvkern.demo.campaign import Trial
 from curvkern.methods import REGISTRY, make
@@ -24,23 +22,13 @@ STRENGTHS = {
 FEW = {"merge": ({"weight": 1.0},)}
 
 
-def brief(whole, *paths, **options):
-    return whole(*paths, **{**options, "max_new_tokens": 2})
-
-
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def done(tmp_path_factory, hardly_trained):
     """One seed, models that hardly train: one share of poison, then a second for one method, then both again."""
     pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("campaign")
     console = Console(record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "STEPS", dict.fromkeys(demo.STEPS, 2))
-        patch.setattr(demo, "HELD_OUT", 4)
-        patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
-        patch.setattr(campaign, "EXTRA_STEPS", 2)
-        patch.setattr(report, "render_page", lambda of: "")  # two plots for each trial
-        patch.setattr(evaluate, "evaluate", partial(brief, evaluate.evaluate))
+    with hardly_trained():
         trials = [
             campaign.run(out, seeds=[3], poison=poison, strengths=strengths, console=console)
             for poison, strengths in (((0.05,), STRENGTHS), ((0.05, 0.2), FEW), ((0.05, 0.2), FEW))

@@ -25,15 +25,12 @@ METHODS = [
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory, hardly_trained):
     """A run with two steps of training a model, and what it printed."""
     pytest.importorskip("peft")
     out = tmp_path_factory.mktemp("demo")
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "STEPS", dict.fromkeys(demo.STEPS, 2))
-        patch.setattr(demo, "HELD_OUT", 4)
-        patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
+    with hardly_trained() as patch:
         patch.setitem(demo.ROLLBACK, "steps", 2)
         patch.setitem(demo.ROLLBACK, "score", lambda model, tokenizer: 1.0)  # they answer nothing right
         lines = story.run(out, console=console)

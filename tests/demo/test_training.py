@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,48 +10,67 @@ from rich.console import Console
 
 pytest.importorskip("peft")
 
-from curvkern import demo
-from curvkern.demo import guards, train, training
+from curvkern.demo import guards, training
 from curvkern.methods import REGISTRY
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory):
+def told(tmp_path_factory, hardly_trained):
     """A run with two steps of training a model, one guard of each kind, and what it printed."""
     out = tmp_path_factory.mktemp("demo")
     console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "STEPS", dict.fromkeys(demo.STEPS, 2))
-        patch.setattr(demo, "HELD_OUT", 4)
-        patch.setattr(demo, "ROWS", {"harmful": 5, "task": 4})
-        patch.setattr(training, "STEPS", dict.fromkeys(training.STEPS, 2))
-        patch.setattr(train, "make_model", partial(train.make_model, hidden_size=32, num_hidden_layers=2))
+    with hardly_trained() as patch:
         patch.setattr(guards, "FULL", (guards.none, guards.star_dss))
         patch.setattr(guards, "LORA", (guards.align_guard,))
         patch.setattr(guards, "ALIGNMENT", (guards.vaccine,))
         lines = training.run(out, console=console)
-    return out, lines, console.export_text()
+        again = again_after_a_kill(out, patch)
+    return out, lines, console.export_text(), again
+
+
+def again_after_a_kill(out, patch):
+    """What a second run says of the same directory, in which one line was not yet whole; whom it trained."""
+    trained, plain = [], training._trained
+    patch.setattr(
+        training, "_trained", lambda run, guard, *rest: (trained.append(guard.__name__), plain(run, guard, *rest))[1]
+    )
+    (kept,) = out.glob("guarded-*/full-star_dss/line.json")
+    kept.unlink()
+    return training.run(out, console=Console(quiet=True)), trained
 
 
 def test_every_guard_is_trained_restored_and_measured(told):
-    out, lines, _ = told
+    out, lines, _, _ = told
     named = [("full", "none"), ("full", "star_dss"), ("LoRA", "align_guard"), ("alignment", "vaccine")]
-    assert [(line.kind, line.name) for line in lines] == named
+    assert [(line.kind, line.guard) for line in lines] == named
     for line in lines:
-        assert line.step > 0
-        assert line.tuned.harmful.total == line.restored.task.total == 4
-        assert (out / "guarded" / f"{line.kind}-{line.name}" / "restored" / "curvkern.json").is_file()
+        assert line.step_seconds > 0
+        assert line.tuned["harmful"]["total"] == line.restored["task"]["total"] == 4
+        (restored,) = out.glob(f"guarded-*/{line.kind}-{line.guard}/restored/curvkern.json")
+        assert json.loads(restored.read_text())["recipe"]["method"] == "budgeted"
+
+
+def test_a_run_that_was_killed_takes_up_the_lines_that_are_whole(told):
+    _, lines, _, (again, trained) = told
+    assert trained == ["none", "star_dss"]  # the first loads code
+    assert [*again[:1], *again[2:]] == [*lines[:1], *lines[2:]]
+    rates = [[{k: v for k, v in found.items() if k != "seconds"} for found in (line.tuned, line.restored)]
+             for line in (again[1], lines[1])]  # fmt: skip
+    assert rates[0] == rates[1]
 
 
 def test_the_table_fits_a_terminal_and_results_and_page_hold_the_same(told):
-    out, lines, text = told
+    out, lines, text, (again, _) = told
     table = text[text.index("With each guard") : text.index("page:")]
     page = (out / "training.html").read_text()
-    assert all(line.name in table and line.name in page for line in lines)
+    assert all(line.guard in table and line.guard in page for line in lines)
+    assert table.count("harmful") == 2
     assert "…" not in table
     assert not re.search(r"Warning|it/s|train_loss", text)
     results = json.loads((out / "training.json").read_text())
-    assert [row["step_seconds"] for row in results] == [line.step for line in lines]
+    assert [training.Line(**row) for row in results] == again
+    rows = (out / "training.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[1] for row in rows] == [line.guard for line in again]
     assert "<svg" in page
     assert not re.search(r"""(src|href)=["'](https?:)?//""", page)
 

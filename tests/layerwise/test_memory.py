@@ -8,7 +8,7 @@ from pathlib import Path
 import transformers
 
 ROOT = Path(__file__).parents[2]
-LAYERS = 24
+LAYERS = 10
 
 RUN = """
 import json, re, sys
