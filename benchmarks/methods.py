@@ -2,9 +2,9 @@
 
 python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kinds full,lora]
 
-Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights, updates and data are
-random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and kind,
-so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads.
+Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are random,
+so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and kind, so that
+the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from rich.table import Table
 SIZES = {"tiny": (64, 2, 256), "1gb": (1536, 17, 8192)}  # hidden size, layers, words
 ROWS, PROMPT, ANSWER = 8, 48, 16  # of each set; tokens of a prompt; of an answer at most
 COLUMNS = {
-    "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "peak_mib": "peak MiB", "longest": "longest stage",
-    "changed_percent": "weights changed %", "saved": "written", "error": "error",
+    "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "longest": "longest stage",
+    "peak_mib": "peak MiB", "changed_percent": "weights changed %", "saved": "written", "error": "error",
 }  # fmt: skip
 
 
@@ -86,9 +86,7 @@ def make_tokenizer(words):
     ids = {word: i for i, word in enumerate(["<unk>", "</s>", *(f"w{i}" for i in range(words - 2))])}
     by_word = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     by_word.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=by_word, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=by_word, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
     return tokenizer
 
@@ -140,7 +138,6 @@ def run_here(root, method, kind, out):
 
     import curvkern.curvature
     import curvkern.evaluate
-    import curvkern.report
     from curvkern.restore import restore
 
     given = {name: root / name for name in ("base", "unaligned", "safety_adapter")}
