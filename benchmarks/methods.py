@@ -2,9 +2,9 @@
 
 python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kinds full,lora]
 
-Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are random,
-so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and kind, so that
-the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads.
+Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are
+random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and
+kind, so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from rich.table import Table
 
 SIZES = {"tiny": (64, 2, 256), "1gb": (1536, 17, 8192)}  # hidden size, layers, words
 ROWS, PROMPT, ANSWER = 8, 48, 16  # of each set; tokens of a prompt; of an answer at most
+IMPORTS = "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "curvkern.curvature", "curvkern.evaluate"
 COLUMNS = {
     "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "longest": "longest stage",
     "peak_mib": "peak MiB", "changed_percent": "weights changed %", "saved": "written", "error": "error",
@@ -133,11 +135,8 @@ def write_rows(path, prompts, answers):
 
 def run_here(root, method, kind, out):
     """Restore in this process, which is a fresh one; what to say of it."""
-    import matplotlib.pyplot  # noqa: F401
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import curvkern.curvature
-    import curvkern.evaluate
+    for name in IMPORTS:
+        import_module(name)  # before memory is measured
     from curvkern.restore import restore
 
     given = {name: root / name for name in ("base", "unaligned", "safety_adapter")}
