@@ -11,7 +11,7 @@ from curvkern.ops import unpack_mask
 from curvkern.recipe import CHECKPOINTS, DATA
 
 ROOT = Path(__file__).parents[2]
-OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command"]
+OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command", "In the demo"]
 
 
 def dense_cosine(module):
