@@ -4,7 +4,8 @@ python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kin
 
 Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are
 random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and
-kind, so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads.
+kind, so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads; CPU seconds
+are of all threads, and hardly depend on what else the machine does.
 """
 
 import argparse
@@ -24,11 +25,12 @@ from rich.console import Console
 from rich.table import Table
 
 SIZES = {"tiny": (64, 2, 256), "1gb": (1536, 17, 8192)}  # hidden size, layers, words
-ROWS, PROMPT, ANSWER = 8, 48, 16  # of each set; tokens of a prompt; of an answer at most
+ROWS, PROMPT, ANSWER = 4, 48, 16  # of each set; tokens of a prompt; of an answer at most
 IMPORTS = "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "curvkern.curvature", "curvkern.evaluate"
 COLUMNS = {
-    "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "longest": "longest stage",
-    "peak_mib": "peak MiB", "changed_percent": "weights changed %", "saved": "written", "error": "error",
+    "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "cpu": "CPU seconds",
+    "longest": "longest stage", "peak_mib": "peak MiB", "changed_percent": "weights changed %", "saved": "written",
+    "error": "error",
 }  # fmt: skip
 
 
@@ -141,11 +143,12 @@ def run_here(root, method, kind, out):
 
     given = {name: root / name for name in ("base", "unaligned", "safety_adapter")}
     given |= {name: root / f"{name}.jsonl" for name in ("harmful", "safety")}
-    before, start = peak(), time.perf_counter()
+    before, start, cpu = peak(), time.perf_counter(), time.process_time()
     report = restore(root / "aligned", root / kind, task=root / f"task-{kind}.jsonl", method=method, out=out, **given)
     longest = max(report.stages, key=lambda stage: stage.seconds)
     return {
         "seconds": f"{time.perf_counter() - start:.1f}",
+        "cpu": f"{time.process_time() - cpu:.1f}",
         "peak_mib": f"{(peak() - before) / 1024:.0f}",
         "longest": f"{longest.name} {longest.seconds:.1f}",
         "changed_percent": f"{100 * report.changed / report.weights:.2f}",
