@@ -230,6 +230,6 @@ def terms_of(module: Module, costs: Plan = Plan()) -> Terms:
 
 
 def _between(low: float, high: float) -> list[float]:
-    """Prices that cut the range into parts; none where no double lies between."""
-    cuts = {low + (high - low) * k / POINTS for k in range(1, POINTS)}
-    return sorted(cut for cut in cuts if low < cut < high)
+    """Prices that cut the range into parts; none where no float32 lies between, as shares are decided in float32."""
+    cuts = torch.linspace(low, high, POINTS + 1, dtype=torch.float64)[1:-1].float().unique().tolist()
+    return [cut for cut in cuts if low < cut < high]
