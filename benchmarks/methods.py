@@ -1,6 +1,6 @@
 """Every restoration method on a made-up Llama, tuned fully and as a LoRA adapter: seconds, memory, what it changed.
 
-python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kinds full,lora]
+python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kinds full,lora] [--page]
 
 Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are
 random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and
@@ -20,9 +20,6 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 SIZES = {"tiny": (64, 2, 256), "1gb": (1536, 17, 8192)}  # hidden size, layers, words
 ROWS, PROMPT, ANSWER = 4, 48, 16  # of each set; tokens of a prompt; of an answer at most
@@ -30,7 +27,7 @@ IMPORTS = "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "curv
 COLUMNS = {
     "size": "", "method": "method", "kind": "tuned", "seconds": "seconds", "cpu": "CPU seconds",
     "longest": "longest stage", "peak_mib": "peak MiB", "changed_percent": "weights changed %", "saved": "written",
-    "error": "error",
+    "error": "",
 }  # fmt: skip
 
 
@@ -181,7 +178,7 @@ def measure(out, size, methods, kinds):
     if path.is_file():
         with path.open(newline="") as file:
             rows = {(row["size"], row["method"], row["kind"]): row for row in csv.DictReader(file)}
-    for method in methods:
+    for method in filter(None, methods):
         for kind in kinds:
             rows[size, method, kind] = {"size": size, "method": method, "kind": kind, **measured(root, method, kind)}
             with path.open("w", newline="") as file:
@@ -197,15 +194,24 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for models and methods.csv")
     parser.add_argument("--size", choices=SIZES, default="1gb")
-    parser.add_argument("--methods", default=",".join(REGISTRY), help="with commas between them; default: all")
+    parser.add_argument("--methods", default=",".join(REGISTRY), help="with commas between them; '' for none")
     parser.add_argument("--kinds", default="full,lora")
+    parser.add_argument("--page", action="store_true", help="put the table into docs/methods.md")
     asked = parser.parse_args()
-    rows = measure(asked.out, asked.size, asked.methods.split(","), asked.kinds.split(","))
+    lines = table(measure(asked.out, asked.size, asked.methods.split(","), asked.kinds.split(",")))
+    print("\n".join(lines))
+    if asked.page:
+        from write_results import DOCS, fill
+
+        fill(DOCS / "methods.md", taken=lines)
+
+
+def table(rows):
+    """Markdown; what failed has its error where others have what they wrote."""
     heads = {key: head for key, head in COLUMNS.items() if head}
-    table = Table(*heads.values(), box=box.MARKDOWN)
-    for row in rows:
-        table.add_row(*(row.get(key, "") for key in heads))
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    full = ({**row, "saved": row.get("saved") or row["error"]} for row in rows)
+    cells = [[row.get(key, "") for key in heads] for row in full]
+    return ["| " + " | ".join(line) + " |" for line in (heads.values(), ["---"] * len(heads), *cells)]
 
 
 if __name__ == "__main__":

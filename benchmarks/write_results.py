@@ -2,7 +2,7 @@
 
 python benchmarks/write_results.py campaign.jsonl...
 
-Between `<!-- make results: NAME -->` and `<!-- end -->` stands what is written here; the rest of the pages is by hand.
+Between `<!-- table: NAME -->` and `<!-- end -->` stands what is written here; the rest of the pages is by hand.
 Trials of several files count once each.
 """
 
@@ -48,7 +48,7 @@ def fill(path, **blocks):
     """Put lines between the marks of each block of a page."""
     text = path.read_text(encoding="utf-8")
     for name, lines in blocks.items():
-        start, end = f"<!-- make results: {name} -->\n", "<!-- end -->"
+        start, end = f"<!-- table: {name} -->\n", "<!-- end -->"
         block = start + "\n".join(["", *lines, "", end])
         text, found = re.subn(re.escape(start) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.S)
         if found != 1:

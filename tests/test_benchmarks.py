@@ -32,3 +32,12 @@ def test_a_run_that_fails_says_why(measured):
     _, (row, _) = measured
     assert "unknown method 'lax'" in row["error"]
     assert not row.get("seconds")
+
+
+def test_a_table_of_what_ran_and_what_did_not(measured):
+    heads, _, failed, ran = runpy.run_path(str(SCRIPT))["table"](measured[1])
+    assert heads.startswith("| method | tuned | seconds |")
+    assert failed.startswith("| lax | lora |  |")
+    assert "unknown method 'lax'" in failed
+    assert ran.startswith("| merge | lora | ")
+    assert ran.endswith(" | adapter |")

@@ -38,11 +38,11 @@ def docs(tmp_path):
 
 
 def by_hand(text):
-    return re.sub("(<!-- make results: .*? -->).*?<!-- end -->", r"\1", text, flags=re.DOTALL)
+    return re.sub("(<!-- table: .*? -->).*?<!-- end -->", r"\1", text, flags=re.DOTALL)
 
 
 def block(path, name):
-    return re.search(f"<!-- make results: {name} -->\n(.*?)<!-- end -->", path.read_text(), re.DOTALL)[1].split("\n")
+    return re.search(f"<!-- table: {name} -->\n(.*?)<!-- end -->", path.read_text(), re.DOTALL)[1].split("\n")
 
 
 def test_only_what_is_between_marks_is_written_and_twice_the_same(docs):
@@ -101,5 +101,5 @@ def test_defaults_that_nothing_beats(docs):
 def test_a_page_without_its_marks_is_named(docs):
     page = docs / "methods" / "lox.md"
     page.write_text(page.read_text().replace("<!-- end -->", ""))
-    with pytest.raises(SystemExit, match=r"lox\.md: the block <!-- make results: row --> is there 0 times"):
+    with pytest.raises(SystemExit, match=r"lox\.md: the block <!-- table: row --> is there 0 times"):
         SCRIPT["write"](TRIALS, docs)
