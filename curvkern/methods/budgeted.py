@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -22,7 +21,6 @@ TASK_GRAM = Need("input_gram", "task")
 
 POINTS = 16  # parts that a sweep cuts the range of prices into
 NEAR = 1e-6  # of a limit: close enough
-PIECE = 1 << 14  # weights
 
 
 class Budgeted(Method):
@@ -130,8 +128,11 @@ class Budgeted(Method):
         """What each price leads to, over all modules; one sweep."""
         sums = torch.zeros(len(prices), 4, dtype=torch.float64)
         for module in modules():
-            for terms in terms_of(module, costs).pieces():
-                sums += terms.sums(prices, hard=self.hard)
+            terms = terms_of(module, costs)
+            for at, price in enumerate(prices):
+                share = terms.share(price, hard=self.hard)
+                fall, pull = ((share * x).double().sum() for x in (terms.task_fall, terms.task_pull))
+                sums[at] += torch.tensor([terms.safety(share), terms.task(share), fall, pull], dtype=torch.float64)
         if not bool(sums.isfinite().all()):
             raise MethodError("budgeted: a predicted loss is not finite; look for NaN or infinity in the weights.")
         if self.interactions == "ignored":
@@ -187,36 +188,20 @@ class Terms:
 
     def share(self, price: float, *, hard: bool) -> Tensor:
         """The share of each weight that makes (1 - p) S + p (`task` + extra / 2 sum of squared shares) least."""
-        if hard:
-            safety, task = self.gains
-            return ((1 - price) * safety).add_(task, alpha=price).gt(0).float()
         fall = (1 - price) * self.safety_fall + price * self.task_fall
         curve = (1 - price) * self.safety_curve + price * (self.task_curve + self.extra)
+        if hard:
+            return (fall > curve / 2).float()
         # Where there is no curvature the sum is a line: all the way, if it falls.
         return torch.where(fall >= curve, (fall > 0).float(), (fall / curve).clamp(min=0))
 
-    @cached_property
-    def gains(self) -> tuple[Tensor, Tensor]:
-        """What a weight that goes all the way takes off S, and off `task` + extra / 2."""
-        return self.safety_fall - self.safety_curve / 2, self.task_fall - (self.task_curve + self.extra) / 2
+    def safety(self, share: Tensor) -> float:
+        """S."""
+        return _change(self.safety_fall, self.safety_curve, share)
 
     def task(self, share: Tensor) -> float:
         """T with C_t in its square: where many weights move, far above T."""
-        return float((share * (0.5 * share * self.task_curve - self.task_fall)).double().sum())
-
-    def pieces(self) -> Iterator[Terms]:
-        """The same of a few weights at a time, which a processor's cache holds for all prices."""
-        parts = (self.safety_fall, self.safety_curve, self.task_fall, self.task_curve, self.task_pull)
-        for a, b, c, d, e in zip(*(x.flatten().split(PIECE) for x in parts), strict=True):
-            yield Terms(a, b, c, d, e, self.extra)
-
-    def sums(self, prices: Sequence[float], *, hard: bool) -> Tensor:
-        """Of each price S, `task`, sum alpha g_t d and sum alpha |d| sqrt(F_t); float64 [prices, 4]."""
-        share = torch.stack([self.share(price, hard=hard) for price in prices]).double()
-        falls = torch.stack([self.safety_fall, self.task_fall, self.task_pull]).double() @ share.T
-        squares = share if hard else share.square()
-        curves = torch.stack([self.safety_curve, self.task_curve]).double() @ squares.T / 2
-        return torch.cat([curves - falls[:2], falls[1:]]).T.cpu()
+        return _change(self.task_fall, self.task_curve, share)
 
 
 def terms_of(module: Module, costs: Plan = Plan()) -> Terms:
@@ -229,7 +214,11 @@ def terms_of(module: Module, costs: Plan = Plan()) -> Terms:
     return Terms(falls[0], found[SAFETY_FISHER] * d * d, falls[1], curve, pull, costs.extra)
 
 
+def _change(fall: Tensor, curve: Tensor, share: Tensor) -> float:
+    return float((share * (0.5 * share * curve - fall)).double().sum())
+
+
 def _between(low: float, high: float) -> list[float]:
-    """Prices that cut the range into parts; none where no float32 lies between, as shares are decided in float32."""
-    cuts = torch.linspace(low, high, POINTS + 1, dtype=torch.float64)[1:-1].float().unique().tolist()
-    return [cut for cut in cuts if low < cut < high]
+    """Prices that cut the range into parts; none where no double lies between."""
+    cuts = {low + (high - low) * k / POINTS for k in range(1, POINTS)}
+    return sorted(cut for cut in cuts if low < cut < high)

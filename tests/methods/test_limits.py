@@ -12,7 +12,6 @@ ENDS = [
     ("rewind", {"safety_fraction": 0.0}, {"safety_fraction": 1.0, "task_fraction": 0.0}),
     ("rewind", {"by": "wanda", "task_fraction": 1.0}, {"by": "wanda", "safety_fraction": 1.0, "task_fraction": 0.0}),
     ("splora", {"number": 0}, {"number": 1}),
-    ("budgeted", {"reach": 1e-9, "budget": 0.0}, None),
     ("safe_delta", None, {"budget": 0.0}),
     ("safe_delta", None, {"dropped": 1.0}),
     ("merge", {"weight": 0.0}, {"weight": 1.0}),
