@@ -11,7 +11,7 @@ OUT ?= out
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
-.PHONY: demo test bench gpu-check has-gpu wheel lint format build clean
+.PHONY: demo test bench results gpu-check has-gpu wheel lint format build clean
 
 ifdef SYSTEM
 PY := $(PYTHON)
@@ -34,6 +34,10 @@ test: $(if $(SYSTEM),,lint) build
 
 bench: build
 	$(PY) -m curvkern bench $(ARGS)
+
+# FROM=DIR/campaign.jsonl, of `curvkern demo --seeds 5 --poison 0.02,0.05,0.1 --out DIR`: docs/results.md, docs/methods.
+results: build
+	$(PY) benchmarks/write_results.py $(FROM)
 
 # Builds for the GPU of this machine only. Under nine minutes: every part has its share. Logs, CSV and page go to OUT, the
 # short table comes last.

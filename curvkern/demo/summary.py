@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,7 +29,7 @@ class Row:
     """One method at one strength, over all tuned models of one kind.
 
     Attributes:
-        kind: ``"full"`` or ``"lora"``.
+        kind: ``"full"``, ``"lora"``, or ``"both"``.
         method: its name.
         name: with its parameters.
         spread: column -> median, least and largest; rates and shares in per cent.
@@ -54,11 +54,41 @@ class Row:
     def cells(self) -> list[str]:
         """For a table: what it is, then ``median [least-largest]`` of each column, then how often it was whole."""
         name = self.name + (f" (gave nothing {self.failed}x)" if self.failed else "")
-        return [name, *(_cell(*self.spread[column]) for column in COLUMNS), f"{self.reached} of {self.trials}"]
+        return [name, *map(self.cell, COLUMNS), f"{self.reached} of {self.trials}"]
+
+    def cell(self, column: str) -> str:
+        """``median [least-largest]`` of a column."""
+        middle, least, largest = (f"{value:.3g}" for value in self.spread[column])
+        return middle if least == largest else f"{middle} [{least}-{largest}]"
 
 
-def rows_of(trials: Sequence[Trial]) -> list[Row]:
-    """A row for each method, strength and kind of tuning, in the order of the trials; the tuned model's own first."""
+def rows_of(trials: Sequence[Trial], *, together: bool = False) -> list[Row]:
+    """A row for each method and strength, in the order of the trials; the tuned model's own first.
+
+    Args:
+        trials: of a campaign, or some of them with the aligned and tuned models' own.
+        together: one row for both kinds of tuning, not one for each.
+    """
+    whole = on_target(trials)
+    groups: dict[tuple[str, str], list[Trial]] = {}
+    for trial in trials:
+        if trial.kind in KINDS:
+            groups.setdefault(("both" if together else trial.kind, trial.name), []).append(trial)
+    return [
+        Row(
+            kind, group[0].method, name, {column: _spread(group, column) for column in COLUMNS},
+            sum(map(whole, group)), len(group), sum(bool(trial.error) for trial in group),
+        )
+        for (kind, name), group in groups.items()
+    ]  # fmt: skip
+
+
+def on_target(trials: Sequence[Trial]) -> Callable[[Trial], bool]:
+    """Whether a trial gave back safety and kept the task, by `HARMFUL`, `STRICTER` and `KEPT`.
+
+    Args:
+        trials: among them the aligned and tuned models that others are held against.
+    """
     by_key = {(t.seed, t.poison, t.kind, t.method): t for t in trials if t.method in ("aligned", "tuned")}
 
     def whole(trial: Trial) -> bool:
@@ -67,17 +97,18 @@ def rows_of(trials: Sequence[Trial]) -> list[Row]:
         strict = trial.over_refusal - aligned.over_refusal
         return trial.harmful <= HARMFUL and strict <= STRICTER and trial.task >= KEPT * tuned.task
 
-    groups: dict[tuple[str, str], list[Trial]] = {}
-    for trial in trials:
-        if trial.kind in KINDS:
-            groups.setdefault((trial.kind, trial.name), []).append(trial)
-    return [
-        Row(
-            kind, group[0].method, name, {column: _spread(group, column) for column in COLUMNS},
-            sum(map(whole, group)), len(group), sum(bool(trial.error) for trial in group),
-        )
-        for (kind, name), group in groups.items()
-    ]  # fmt: skip
+    return whole
+
+
+def best(rows: Sequence[Row]) -> list[Row]:
+    """Of each method the row that was whole most often; of equals that of lowest harmful + over-refusal - task."""
+
+    def rank(row: Row) -> tuple[float, float]:
+        harmful, strict, task = (row.spread[column][0] for column in ("harmful", "over_refusal", "task"))
+        return row.reached, task - harmful - strict
+
+    methods = dict.fromkeys(row.method for row in rows)
+    return [max((row for row in rows if row.method == method), key=rank) for method in methods]
 
 
 def front(rows: Sequence[Row]) -> list[Row]:
@@ -108,11 +139,6 @@ def write(trials: Sequence[Trial], out: Path) -> None:
 def _spread(group: Sequence[Trial], column: str) -> tuple[float, float, float]:
     values = [getattr(trial, column) * (1 if column == "seconds" else 100) for trial in group]
     return median(values), min(values), max(values)
-
-
-def _cell(middle: float, least: float, largest: float) -> str:
-    low, high = f"{least:.3g}", f"{largest:.3g}"
-    return f"{middle:.3g}" if low == high else f"{middle:.3g} [{low}-{high}]"
 
 
 def _heads() -> list[str]:

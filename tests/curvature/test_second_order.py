@@ -246,3 +246,19 @@ def test_weights_of_a_lora_adapter_are_linear_modules_too():
     for name, tensor in found["fisher_diag"].items():
         close(tensor, exact[name].square().sum(0))
         close(found["gradient"][name], exact[name].sum(0))
+
+
+def test_gradients_of_lora_factors_pull_back_that_of_the_weight():
+    """s (dB A + B dA) = s^2 (G A^T A + B B^T G), G measured on the merged model."""
+    peft = pytest.importorskip("peft")
+    rows = texts()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(make("llama"), config)
+    factors = {name: p.detach().double() for name, p in model.named_parameters() if "lora_" in name}
+    found = estimate(model, rows, quantity="gradient", include=["*lora_*"])["gradient"]
+    merged = estimate(model.merge_and_unload(), rows, quantity="gradient", include=["*q_proj*"])["gradient"]
+    for layer in range(2):
+        a, b = (next(n for n in found if f"layers.{layer}." in n and side in n) for side in ("lora_A", "lora_B"))
+        g = merged[f"model.layers.{layer}.self_attn.q_proj.weight"].double()
+        s, A, B = 1.5, factors[a], factors[b]
+        close(s * (found[b].double() @ A + B @ found[a].double()), s * s * (g @ A.T @ A + B @ B.T @ g))

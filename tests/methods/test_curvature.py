@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from modules import made_module, made_modules
+from modules import made_module, made_modules, normal
 
 import curvkern
 from curvkern.methods import MethodError, make
-from curvkern.methods.curvature import HARMFUL_GRADIENT, TASK_EKFAC, TASK_FISHER, TASK_GRADIENTS, two_loop
+from curvkern.methods.curvature import HARMFUL_GRADIENT, TASK_EKFAC, TASK_FISHER, TASK_GRADIENTS, two_loop, woodbury
 
 INVERSES = ["diagonal", "ekfac", "low_rank"]
 
@@ -35,6 +35,37 @@ def test_the_direction_is_a_dense_solve(inverse):
     g = m.statistics[HARMFUL_GRADIENT].double().flatten()
     expected = torch.linalg.solve(hessian(method, m), g)
     torch.testing.assert_close(method.direction(m).double().flatten(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_woodbury_in_float64_is_the_dense_solve():
+    each, g, delta = normal(5, 40, seed=1).double(), normal(40, seed=2).double(), torch.tensor(0.1).double()
+    expected = torch.linalg.solve(each.T @ each / 5 + delta * torch.eye(40, dtype=torch.float64), g)
+    assert (woodbury(each, delta, g) - expected).norm() < 1e-13 * expected.norm()
+
+
+def test_woodbury_corrects_along_every_sample():
+    """Unlike a released recursion, whose correction of v stays parallel to the first sample's gradient."""
+    each, v, n = normal(6, 40, seed=3).double(), normal(40, seed=4).double(), 6
+    k, o = v.clone(), each[0].clone()
+    for g in each[1:]:
+        k -= (k @ g) / (n + o @ g) * o
+        o -= (o @ g) / (n + o @ g) * o
+
+    def aside(x):
+        """The share of x that is not along the first gradient."""
+        return float((x - (x @ each[0]) / (each[0] @ each[0]) * each[0]).norm() / x.norm())
+
+    assert aside(k - v) < 1e-12
+    delta = torch.tensor(0.1).double()
+    assert aside(woodbury(each, delta, v) * delta - v) > 0.5
+
+
+def test_the_trust_region_in_float64():
+    method = make("curvature", {"tau": 0.02, "rise": 1e9})
+    m = made_module(method)
+    m.statistics.update({need: tensor.double() for need, tensor in m.statistics.items()})
+    step = method.plan(lambda: [m], None, lambda line: None) * method.direction(m).flatten()
+    assert float(step @ hessian(method, m) @ step / 2) == pytest.approx(0.02, rel=1e-12)
 
 
 @pytest.mark.parametrize("inverse", INVERSES)

@@ -73,6 +73,21 @@ def test_corrected_removes_what_conflicts_in_the_update_itself_and_costs_the_tas
     assert lost[0] < lost[1]
 
 
+def test_recalibration_lies_between_removing_alone_and_the_best_fit(m):
+    """What the task's inputs see of it; the best fit moves all weights that stay, row by row."""
+    gram, alive = m.statistics[TASK_GRAM].double(), torch.arange(200) != 7
+    h, delta = gram[alive][:, alive], (m.tuned - m.aligned).double()[:, alive]
+    got = (make("irr", {}).edit(m, None).weight - m.aligned).double()[:, alive]
+    removed = got == 0
+    best = torch.where(removed, 0.0, delta)
+    for at, gone in enumerate(removed):
+        kept = ~gone
+        best[at, kept] += torch.linalg.solve(h[kept][:, kept], h[kept][:, gone] @ delta[at, gone])
+    lost = [float(((x - delta) @ h * (x - delta)).sum()) for x in (best, got, torch.where(removed, 0.0, delta))]
+    assert lost == sorted(lost)
+    assert lost[0] < 0.99 * lost[1] < 0.99 * lost[2]
+
+
 def test_the_unaligned_model_is_needed(m):
     with pytest.raises(MethodError, match="irr: needs the unaligned model"):
         make("irr", {}).edit(Module(m.name, 0, m.kind, m.tuned, m.aligned, statistics=m.statistics), None)

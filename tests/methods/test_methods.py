@@ -11,7 +11,7 @@ from curvkern.ops import unpack_mask
 from curvkern.recipe import CHECKPOINTS, DATA
 
 ROOT = Path(__file__).parents[2]
-OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command"]
+OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command", "In the demo"]
 
 
 def dense_cosine(module):
@@ -250,3 +250,48 @@ def test_gradient_rollback_says_when_nothing_has_a_gradient():
     modules = [module("model.layers.9.mlp.up_proj.weight")]
     with pytest.raises(MethodError, match="no selected module lies in the layers"):
         make("gradient_rollback", {}).plan(lambda: modules, Quadratic(two_modules(), None), lambda _: None)
+
+
+@pytest.mark.parametrize("ties, short", [("strict", 1), ("exact_k", 0)])
+def test_gradient_rollback_moves_k_weights_or_one_less(ties, short):
+    modules = two_modules()
+    for k in (1, 2, 20):
+        parameters = {"rate": (k - 0.5) / sum(m.tuned.numel() for m in modules), "steps": 1, "warmup": 1, "ties": ties}
+        method = make("gradient_rollback", parameters)
+        plan = method.plan(lambda: modules, Quadratic(modules, lambda _: 1.0), lambda _: None)
+        result = edited(method, plan, modules)
+        assert sum(int((result[m.name] != m.tuned).sum()) for m in modules) == k - short
+
+
+class Watched(Quadratic):
+    """Keeps the weights as they are whenever a gradient is asked for."""
+
+    def __init__(self, modules, score):
+        super().__init__(modules, score)
+        self.seen = []
+
+    def add_gradient(self, data):
+        self.seen.append((data, {name: w.clone() for name, w in self.weights.items()}))
+        return super().add_gradient(data)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("give_back", [0.2, 1.0])
+def test_gradient_rollback_gives_back_of_its_own_step_alone_and_makes_no_weight_of_its_own(seed, give_back):
+    modules = [module(m.name, *m.tuned.shape, seed=7 * seed + at) for at, m in enumerate(two_modules())]
+    calls = iter([1.0, 0.5, 1.0, 1.0])
+    evidence = Watched(modules, lambda _: next(calls))
+    parameters = {"rate": 0.1, "steps": 4, "warmup": 1, "save_every": 2, "give_back": give_back}
+    make("gradient_rollback", parameters).plan(lambda: modules, evidence, lambda _: None)
+    evidence.add_gradient("harmful")
+    asked = [data for data, _ in evidence.seen]
+    assert asked == ["harmful"] + 4 * ["harmful", "task"] + ["harmful"]
+    returned = 0
+    for m in modules:
+        states = [weights[m.name] for _, weights in evidence.seen[1:]]
+        for before, after, then in zip(states[:-2:2], states[1::2], states[2::2], strict=True):
+            assert not ((then != after) & (after == before)).any()
+            returned += int((then != after).sum())
+        for state in states:
+            assert ((state == m.aligned) | (state == m.tuned)).all()
+    assert returned > 0

@@ -153,6 +153,21 @@ def test_any_shape_in_triton(problem, block, with_grad, device, no_worse):
     check_any(problem, block, with_grad, "triton", device, no_worse)
 
 
+def test_the_square_of_a_batchs_mean_is_a_share_of_the_mean_square():
+    """1 / B for gradients without a common direction, all of it for equal ones."""
+    n, batches = 8, 200
+    for equal, expected in ((False, 1 / n), (True, 1.0)):
+        batch, sequence = torch.zeros(2, 12, 10)
+        for seed in range(batches):
+            d, x = data(n, 4, 12, 10, seed=seed)
+            if equal:
+                d, x = d[:1].expand(n, -1, -1), x[:1].expand(n, -1, -1)
+            fisher_diag_(batch, d, x, sample="batch", scale=1 / n**2)
+            fisher_diag_(sequence, d, x, scale=1 / n)
+        # 200 squares of a normal number have a mean good to a tenth, that of 120 weights to a hundredth.
+        assert float(batch.sum() / sequence.sum()) == pytest.approx(expected, rel=0.05 if not equal else 1e-5)
+
+
 # blocks ---------------------------------------------------------------------------------------------------------------
 
 

@@ -129,6 +129,18 @@ def test_slerp_falls_back_to_a_line(backend, device):
     torch.testing.assert_close(slerp(a, zero, 0.5, backend=backend), math.sqrt(0.5) * a)
 
 
+@pytest.mark.parametrize("angle", [0.3, 0.05, 0.02])
+def test_slerp_nears_a_line_as_the_angle_closes(angle, backend, device):
+    """On both sides of the limit for colinear tensors, in bfloat16: the arc's weights differ by angle^2 / 6 at most."""
+    a, (b, *_) = family((4000,), torch.bfloat16, device, spread=math.tan(angle))
+    line = 0.7 * a.double() + 0.3 * b.double()
+    cosine = torch.cosine_similarity(a.double(), b.double(), dim=0)
+    bent = math.acos(cosine) ** 2 / 6 * (0.7 * a.double().abs() + 0.3 * b.double().abs())
+    ulp = 2**-7 if cut_off(a, backend, device) else 2**-8
+    got = slerp(a, b, 0.3, backend=backend).double()
+    assert ((got - line).abs() <= (1 + 1e-3) * (ulp * (line.abs() + bent) + bent) + 1e-6).all()
+
+
 def test_what_is_not_finite_does_not_spread(backend, device):
     a, (b, c, _) = family((40,), device=device)
     b[3], c[5], c[7] = float("nan"), float("inf"), float("nan")
@@ -197,6 +209,14 @@ def test_dare_expects_the_delta():
     mean = sum(dare(base, tuned, 0.5, seed).double() for seed in range(2000)) / 2000
     # c m has mean 1 and variance 1 for p = 1/2: five standard errors.
     assert ((mean - tuned).abs() <= 5 / math.sqrt(2000) * (tuned - base).abs() + 1e-6).all()
+
+
+def test_dare_without_rescaling_expects_a_share_of_the_delta():
+    base, (tuned, *_) = family((64,))
+    mean = sum(dare(base, tuned, 0.75, seed, "none").double() for seed in range(2000)) / 2000
+    # m has mean 1/4 and variance 3/16: five standard errors.
+    share = base + 0.25 * (tuned - base)
+    assert ((mean - share).abs() <= 5 * math.sqrt(3 / 16 / 2000) * (tuned - base).abs() + 1e-6).all()
 
 
 def test_dare_without_dropping_is_the_tuned_tensor(backend, device):

@@ -79,6 +79,42 @@ def test_rows_with_prefixes_of_their_own_are_never_worse_than_fixing_alone():
             assert rise(h, (got - delta)[row : row + 1]) <= rise(h, alone) * (1 + 1e-9)
 
 
+def optimum(delta, mask, h):
+    """Of all changes that fix the masked entries at 0, the one of least tr(D H D^T), row by row."""
+    best = delta.masked_fill(mask, 0)
+    for at, fixed in enumerate(mask):
+        free = ~fixed
+        best[at, free] += torch.linalg.solve(h[free][:, free], h[free][:, fixed] @ delta[at, fixed])
+    return best
+
+
+def test_a_suffix_is_fixed_alone_unless_it_goes_first():
+    """Nothing to its right is free to make up for it."""
+    delta, _, u, h = problem(6, 15)
+    mask = (torch.arange(15) >= 9).expand(6, 15).contiguous()
+    alone = delta.masked_fill(mask, 0)
+    for block in (4, 128):
+        assert torch.equal(obs_sweep_(delta.clone(), mask, u, block=block), alone)
+    got = obs_sweep_(delta.clone(), mask, u, order="fixed_first")
+    torch.testing.assert_close(got, optimum(delta, mask, h))
+
+
+def test_a_scattered_mask_lies_between_fixing_alone_and_the_optimum():
+    delta, mask, u, h = problem(32, 24)
+    got = obs_sweep_(delta.clone(), mask, u)
+    lost = [rise(h, x - delta) for x in (optimum(delta, mask, h), got, delta.masked_fill(mask, 0))]
+    assert lost[0] < 0.99 * lost[1] < 0.99 * lost[2]
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float64, 1e-13), (torch.float32, 1e-5)], ids=str)
+def test_the_size_of_blocks_does_not_matter(dtype, error):
+    delta, mask, u, _ = problem(16, 60, dtype=dtype)
+    whole = obs_sweep_(delta.clone(), mask, u, block=60)
+    for block in (1, 7, 16, 59):
+        got = obs_sweep_(delta.clone(), mask, u, block=block)
+        assert (got - whole).abs().max() < error * whole.abs().max()
+
+
 @pytest.mark.parametrize("order", ["natural", "fixed_first"])
 def test_scattered_masks_gain_on_the_whole(order):
     for seed in range(5):
