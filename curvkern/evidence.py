@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING, Any, cast
@@ -90,9 +92,30 @@ def tokenizer_of(bundle: Bundle) -> Any:
 _READ_AHEAD = 256 << 20
 
 
-def read_ahead(recipe: Recipe) -> int:
-    """Bytes of tensors to read ahead: an eighth of a memory budget that is given, at most."""
-    return _READ_AHEAD if recipe.memory_budget is None else min(_READ_AHEAD, recipe.memory_budget // 8)
+def read_ahead(room: int | None, working: int) -> int:
+    """Bytes of tensors to read ahead: half of the room that a module leaves; reads to come hold the other half.
+
+    Args:
+        room: bytes for all of it; None: as many as it takes.
+        working: of these, for one module, see `working_set`.
+    """
+    return _READ_AHEAD if room is None else min(_READ_AHEAD, max(0, room - working) // 2)
+
+
+def working_set(bundle: Bundle, names: Sequence[str], method: Method, data: Rows) -> int:
+    """Bytes that the largest module takes while it is planned or edited.
+
+    These are its tensors in all checkpoints, its statistics, what the method holds beside them, its result, and that of
+    the module before, which is being written.
+    """
+    from curvkern.curvature import statistics_of_shape
+
+    def of(name: str) -> int:
+        spec = bundle.sources["tuned"].spec(name)
+        found = [statistics_of_shape(spec.shape, asked_of([n]), len(data[n.data])) for n in method.statistics()]
+        return bundle.nbytes(name) + sum(found) + 4 * math.prod(spec.shape) * (1 + method.workspace) + 2 * spec.nbytes
+
+    return max(map(of, names))
 
 
 # statistics -----------------------------------------------------------------------------------------------------------
@@ -124,14 +147,40 @@ class ModuleStatistics:
 
         return {need: value(need, found) for need, found in self._found.items() if need in needs}
 
-    def add(self, need: Need, found: Statistics, names: Sequence[str]) -> None:
-        """Take a statistic of the modules ``names``.
+    def add(self, found: Mapping[Need, Statistics], names: Sequence[str]) -> None:
+        """Take statistics of the modules ``names``.
 
         Raises:
             RestoreError: a module was not measured.
         """
-        _require_measured(found, need, names)
-        self._found[need] = found
+        for need, of in found.items():
+            _require_measured(of[need.quantity], need, names)
+        self._found |= found
+
+    def beside(self, found: Mapping[Need, Statistics]) -> ModuleStatistics:
+        """These, and others of some modules alone."""
+        both = ModuleStatistics(self._device)
+        both._found = {**self._found, **found}
+        return both
+
+    @property
+    def held(self) -> int:
+        """Bytes of them that are in memory, as if no two modules had one Gram."""
+        sums = [found.sums[need.quantity] for need, found in self._found.items()]
+        return sum(tensor.nbytes for of in sums if isinstance(of, dict) for tensor in of.values())
+
+
+@dataclass(frozen=True)
+class EditAtOnce:
+    """What edits modules while the model runs.
+
+    Attributes:
+        working: bytes that a module takes, see `working_set`.
+        edit: of modules by name, what is known of them, and the bytes that there are for it.
+    """
+
+    working: int
+    edit: Callable[[Sequence[str], ModuleStatistics, int], object]
 
 
 def gather_statistics(
@@ -144,6 +193,7 @@ def gather_statistics(
     scratch: Path,
     progress: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    edit: EditAtOnce | None = None,
 ) -> ModuleStatistics:
     """Estimate what methods ask for, or find it in the recipe's directory of statistics.
 
@@ -159,6 +209,8 @@ def gather_statistics(
         scratch: directory for what does not fit into memory; made if it is needed, and needed as long as the result.
         progress: show a bar.
         tell: takes lines for the report.
+        edit: takes the modules of a layer when the last backward that they need ends, if the model runs layer by layer
+            and there is room for that; statistics of that backward are not kept.
 
     Raises:
         RestoreError: a module is not measured by its model, a directory cannot be made or is too small, or not even a
@@ -178,24 +230,57 @@ def gather_statistics(
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
     for need in needs:
         models[need.at][need.data, need.loss].append(need)
+    *_, last = (wanted for sets in models.values() for wanted in sets.values())
     for at, sets in models.items():
         source = bundle.sources[at]
         asked = [(texts[role], asked_of(wanted)) for (role, _), wanted in sets.items()]
         needed = footprint(shapes_by_layer(source), source.spec(names[0]).dtype.itemsize, asked, frozenset(names))
         roles = " and ".join(sorted({role for role, _ in sets}))
         where = place(budget, needed, f"statistics of {roles} data at {at}")
-        if not where.resident:
-            tell(f"statistics of {roles} data at {at}: {where}; model {size(needed.model)}, {budget}")
-        if not where.statistics_in_files:
-            budget = budget.less(needed.statistics)
+        edited: str | None = None  # data
         with opened(source, recipe.device, resident=where.resident) as model:
             for (role, _), wanted in sets.items():
+                found = store.there(wanted, model, texts[role])
+                gathered.add(found, names)
+                left = [need for need in wanted if need not in found]
+                if not left:
+                    continue
                 what = f"{role} data at {at}"
                 with bar(what, len(texts[role]), progress) as advance:
-                    found = store.find(wanted, model, texts[role], where, needed, _counting(advance, what))
-                for need in wanted:
-                    gathered.add(need, found[need], names)
+                    estimated = partial(
+                        store.estimated, left, model, texts[role], where, needed, _counting(advance, what)
+                    )
+                    if edit is not None and wanted is last and edit.working <= where.room:
+                        _edit_as_complete(estimated, left, names, gathered, edit, where.room)
+                        edited = role
+                    else:
+                        gathered.add(estimated(), names)
+        if not where.resident:
+            told = where.told(edited, kept=edited is None or len(sets) > 1)
+            tell(f"statistics of {roles} data at {at}: {told}; model {size(needed.model)}, {budget}")
+        if not where.statistics_in_files:
+            budget = budget.less(needed.statistics)
     return gathered
+
+
+def _edit_as_complete(
+    estimated: Callable[..., object],
+    needs: Sequence[Need],
+    names: Sequence[str],
+    known: ModuleStatistics,
+    edit: EditAtOnce,
+    room: int,
+) -> None:
+    """Estimate the statistics ``needs``, and edit the modules of each layer when its backward ends."""
+    done: set[str] = set()
+
+    def complete(found: Statistics) -> None:
+        measured = [name for name in names if all(name in found.sums.get(need.quantity, ()) for need in needs)]
+        edit.edit(measured, known.beside(dict.fromkeys(needs, found)), room)
+        done.update(measured)
+
+    estimated(complete=complete)
+    _require_measured(done, needs[0], names)
 
 
 def _counting(advance: Callable[[int, str], None], what: str) -> Callable[[int, int], None]:
@@ -213,8 +298,8 @@ def scratch_beside(out: Path) -> Generator[Path]:
         rmtree(directory, ignore_errors=True)
 
 
-def _require_measured(found: Statistics, need: Need, names: Sequence[str]) -> None:
-    if missing := [name for name in names if name not in found[need.quantity]]:
+def _require_measured(measured: Container[str], need: Need, names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in measured]:
         raise RestoreError(
             f"restore: {missing[0]} and {len(missing) - 1} more have no {need.quantity}: the {need.at} model does not "
             "run them, or transformers holds them in another form. Leave them out with exclude=..."

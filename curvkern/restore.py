@@ -6,12 +6,14 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from curvkern.evidence import (
+    EditAtOnce,
     ModuleStatistics,
     Score,
     gather_statistics,
@@ -20,6 +22,7 @@ from curvkern.evidence import (
     read_ahead,
     scratch_beside,
 )
+from curvkern.memory import give_back
 from curvkern.part import Part
 from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
@@ -151,19 +154,18 @@ def run_recipes(
             for role in CHECKPOINTS:
                 if role in needs:
                     sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
-            bundle = Bundle(sources, device=recipe.device, max_bytes=read_ahead(recipe))
+            bundle = Bundle(sources, device=recipe.device)
             for part in parts:
                 stack.enter_context(part.open(bundle, overwrite=overwrite, resume=resume, score=score))
-        known = ModuleStatistics()
+        sweep = _Sweeps(bundle, ModuleStatistics(), recipe.memory_budget, progress)
         if asking := [part for part in parts if part.needs]:
             scratch = stack.enter_context(scratch_beside(recipe.out))
             with _shared(asking, "statistics"):
-                known = _gather(asking, bundle, scratch, progress)
-        sweep = _Sweeps(bundle, known, progress)
+                sweep.known = _gather(asking, bundle, scratch, progress, _at_once(parts, bundle))
         for part in parts:
             _plan(part, sweep, score)
         with _shared(parts, "edit"):
-            _edit_all(parts, sweep)
+            _edit_all(parts, sweep, bundle.names)
         for part in parts:
             with part.stages.stage("finish"):
                 part.writer.copy_rest()
@@ -184,7 +186,9 @@ def _shared(parts: Sequence[Part], name: str) -> Generator[None]:
         part.stages.done.extend(stages.done)
 
 
-def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool) -> ModuleStatistics:
+def _gather(
+    parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool, edit: EditAtOnce | None
+) -> ModuleStatistics:
     needs = dict.fromkeys(need for part in parts for need in part.needs)
     data = {role: rows for part in parts for role, rows in part.data.items()}
     chosen = {name for part in parts for name in part.names}
@@ -195,8 +199,21 @@ def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool
             part.messages.append(line)
 
     return gather_statistics(
-        parts[0].recipe, tuple(needs), data, bundle, names, scratch=scratch, progress=progress, tell=tell
-    )
+        parts[0].recipe, tuple(needs), data, bundle, names,
+        scratch=scratch, progress=progress, tell=tell, edit=edit,
+    )  # fmt: skip
+
+
+def _at_once(parts: Sequence[Part], bundle: Bundle) -> EditAtOnce | None:
+    """What edits a layer when its backward ends: of one method that needs no plan, if no statistics are to be kept."""
+    part = parts[0]
+    if len(parts) > 1 or part.method.plans or part.recipe.statistics is not None or part.saved != "checkpoint":
+        return None
+
+    def edit(names: Sequence[str], known: ModuleStatistics, room: int) -> None:
+        _edit_all(parts, _Sweeps(bundle, known, room, progress=False), names)
+
+    return EditAtOnce(part.working, edit)
 
 
 def _plan(part: Part, sweep: _Sweeps, score: Score | None) -> None:
@@ -206,7 +223,8 @@ def _plan(part: Part, sweep: _Sweeps, score: Score | None) -> None:
             evidence = hidden_evidence(part.recipe, part.method, part.data, sweep.bundle, score)
     with part.stages.stage("plan"):
         wanted = dict.fromkeys(part.names, part.needs)
-        part.plan = part.method.plan(lambda: sweep.modules("planning", wanted), evidence, part.messages.append)
+        sweeps = partial(sweep.modules, "planning", wanted, part.working)
+        part.plan = part.method.plan(sweeps, evidence, part.messages.append)
 
 
 def _check_device(device: str) -> None:
@@ -223,18 +241,25 @@ def _check_device(device: str) -> None:
 class _Sweeps:
     """Streams the selected modules, as often as asked."""
 
-    def __init__(self, bundle: Bundle, known: ModuleStatistics, progress: bool) -> None:
+    def __init__(self, bundle: Bundle, known: ModuleStatistics, room: int | None, progress: bool) -> None:
+        """``room``: bytes for statistics that are known and for all that is done with a module; None: enough."""
         self.bundle = bundle
         self.known = known
+        self.room = room
         self.progress = progress
 
-    def modules(self, what: str, wanted: Mapping[str, Collection[Need]]) -> Generator[Module]:
-        """One sweep in file order over the modules ``wanted``, each with the statistics that are wanted of it."""
+    def modules(self, what: str, wanted: Mapping[str, Collection[Need]], working: int) -> Generator[Module]:
+        """One sweep in file order over the modules ``wanted``, each with the statistics that are wanted of it.
+
+        ``working``: bytes that one of them takes, see `evidence.working_set`.
+        """
         from curvkern.methods import Module
 
         names = [name for name in self.bundle.names if name in wanted]
-        with bar(what, len(names), self.progress) as advance:
-            for done, (name, tensors) in enumerate(self.bundle.stream(names), 1):
+        ahead = read_ahead(self.room, working + self.known.held)
+        stream = self.bundle.stream(names, ahead)
+        with bar(what, len(names), self.progress) as advance, closing(stream):
+            for done, (name, tensors) in enumerate(stream, 1):
                 layer = layer_of(name) or 0
                 advance(done, f"{what}: layer {layer}")
                 yield Module(
@@ -250,6 +275,9 @@ class _Sweeps:
                     safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
                     statistics=self.known.of(name, wanted[name]),
                 )
+                del tensors
+                if self.room is not None:
+                    give_back()
 
     def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
         adapter = getattr(self.bundle.sources.get(role), "adapter", None)
@@ -260,16 +288,17 @@ class _Sweeps:
         return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
 
 
-def _edit_all(parts: Sequence[Part], sweep: _Sweeps) -> None:
-    """Edit every selected module that an earlier run has not finished, and copy what lies between them.
+def _edit_all(parts: Sequence[Part], sweep: _Sweeps, names: Collection[str]) -> None:
+    """Edit those modules of ``names`` that are not restored yet, and copy what lies between them.
 
     Everything goes in file order, so that shards become complete, and are kept for a resumed run, one by one.
     """
     wanted: defaultdict[str, set[Need]] = defaultdict(set)
     for part in parts:
-        for name in part.left:
+        for name in part.left.intersection(names):
             wanted[name].update(part.needs)
-    with closing(sweep.modules("restoring", wanted)) as modules:
+    working = sum(part.working for part in parts)
+    with closing(sweep.modules("restoring", wanted, working)) as modules:
         for module in modules:
             for part in parts:
                 if module.name in part.left:
@@ -306,8 +335,14 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: AnyWriter) -> M
     return done
 
 
+_ROWS = 256  # as many at once need no memory to speak of
+
+
 def _wanted(edit: Edit, module: Module, found: Change) -> int:
     """How many weights the method meant to change, before rounding to the checkpoint's dtype."""
     if edit.selected is not None:
         return found.differing if edit.selected == "all" else edit.selected
-    return 0 if edit.weight is None else int((edit.weight.float() != module.tuned.float()).sum())
+    if edit.weight is None:
+        return 0
+    rows = zip(edit.weight.split(_ROWS), module.tuned.split(_ROWS), strict=True)
+    return sum(int((new.float() != old.float()).sum()) for new, old in rows)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from curvkern.curvature.capture import Pair, Site, select, sites_of, tapped
 from curvkern.curvature.experts import expert_sites, experts_tapped
+from curvkern.curvature.handed import Handed
 from curvkern.curvature.hessian import Probes
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.kept import Keeper
@@ -41,7 +42,9 @@ class ByLayer:
         stopped: never; nothing is complete before everything is.
     """
 
-    def __init__(self, model: LayerwiseModel, job: Job, spill: str | Path | None, keeper: Keeper | None) -> None:
+    def __init__(
+        self, model: LayerwiseModel, job: Job, spill: str | Path | None, keeper: Keeper | Handed | None
+    ) -> None:
         """Select what is measured; run nothing.
 
         Args:
@@ -102,7 +105,7 @@ class ByLayer:
             with tapped(linear, uses, sink, mask), experts_tapped(self.model.model, experts, sink, mask):
                 yield started
             if self._keeper is not None:
-                self._keeper.take(sums.found, self.parameters())
+                self._keeper.take(sums.found, self.parameters(), self._counts())
             self._tell(1 - (place.index or 0) / len(self.model.layers))
 
         self.model.backward(self._draws(), self._total, watch=watch, spill=self._spill)

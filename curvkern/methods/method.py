@@ -135,6 +135,13 @@ class Method(BaseModel):
     biases: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
+    #: Float32 tensors of a module's shape that it holds at most, beside the module, its statistics and its result.
+    workspace: ClassVar[int] = 4
+
+    @property
+    def plans(self) -> bool:
+        """Whether it looks at all modules before it edits one; if not, a module can be edited once it is known."""
+        return type(self).plan is not Method.plan
 
     def edits_adapter(self) -> bool:
         """Whether edits come with factors, so that an adapter stays an adapter."""
