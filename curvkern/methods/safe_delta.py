@@ -46,7 +46,7 @@ class SafeDelta(Method):
 
     def edit(self, module: Module, plan: Any) -> Edit:
         """Admit one module's tuned entries, and make up for them."""
-        tuned, weight = module.tuned.float(), module.aligned.float().clone()
+        tuned, weight = module.tuned.float(), module.aligned.to(torch.float32, copy=True)
         factor, report = inverse_factor(module.statistics[SAFETY_GRAM], damping=self.damping)
         cost = factor.diagonal().square().reciprocal()
         admitted = torch.zeros_like(weight, dtype=torch.bool)
