@@ -105,15 +105,20 @@ def read_ahead(room: int | None, working: int) -> int:
 def working_set(bundle: Bundle, names: Sequence[str], method: Method, data: Rows) -> int:
     """Bytes that the largest module takes while it is planned or edited.
 
-    These are its tensors in all checkpoints, its statistics, what the method holds beside them, its result, and that of
-    the module before, which is being written.
+    These are its tensors in all checkpoints, its statistics, what the method makes of them, and the result as it is
+    stored, of this module and of the one before, which is being written.
     """
     from curvkern.curvature import statistics_of_shape
 
     def of(name: str) -> int:
         spec = bundle.sources["tuned"].spec(name)
         found = [statistics_of_shape(spec.shape, asked_of([n]), len(data[n.data])) for n in method.statistics()]
-        return bundle.nbytes(name) + sum(found) + 4 * math.prod(spec.shape) * (1 + method.workspace) + 2 * spec.nbytes
+        return (
+            bundle.nbytes(name)
+            + sum(found)
+            + method.workspace * max(4 * math.prod(spec.shape), *found, 0)
+            + 2 * spec.nbytes
+        )
 
     return max(map(of, names))
 

@@ -62,6 +62,7 @@ class Budgeted(Method):
     source: ClassVar[str] = "curvkern; generalises Yang et al. 2504.09757 and Lu et al. 2505.12038"
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
+    workspace: ClassVar[int] = 13
 
     budget: float = Field(0.1, ge=0, description="rise of the task loss to allow, as predicted; nats per response")
     reach: float = Field(1.2, gt=0, description="fall of the safety loss to go for, in that of the full rollback")

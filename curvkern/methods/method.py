@@ -135,8 +135,9 @@ class Method(BaseModel):
     biases: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
-    #: Float32 tensors of a module's shape that it holds at most, beside the module, its statistics and its result.
-    workspace: ClassVar[int] = 4
+    #: Tensors that `plan` and `edit` hold at most, result included, each as large as the module in float32 or as its
+    #: largest statistic; a property if parameters decide.
+    workspace: ClassVar[int] = 5
 
     @property
     def plans(self) -> bool:

@@ -34,6 +34,7 @@ class SafeDelta(Method):
     source: ClassVar[str] = "Lu et al. 2505.12038, section 4"
     needs: ClassVar[frozenset[str]] = frozenset({"safety"})
     oriented: ClassVar[bool] = True
+    workspace: ClassVar[int] = 11
 
     budget: float = Field(0.11, ge=0, description="of safety; mean square change of a weight it allows, times 4096^2")
     dropped: float = Field(0.15, ge=0, le=1, description="share of a block's entries that stay aligned in any case")
