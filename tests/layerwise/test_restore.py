@@ -23,6 +23,8 @@ METHODS = {
     "antidote": {"harmful": "harmful"},
     "irr": {"safety": "harmful", "task": "task"},
 }
+#: Less than the model takes; a Gram's factors need more beside a layer than masks.
+BUDGETS = {method: "265KiB" if method in ("safe_delta", "irr") else "220KiB" for method in METHODS}
 #: Methods that need no plan, and the files of statistics that they make of two sets of data.
 AT_ONCE = {"rewind": 1, "safe_delta": 0, "antidote": 0, "irr": 1}
 
@@ -55,7 +57,7 @@ def same(one, other):
 def test_layer_by_layer_gives_the_same_bits(family, tmp_path, method, tuned):
     options = {"tuned": tuned, "save": "checkpoint"}
     whole = run(family, tmp_path / "whole", method, **options)
-    small = run(family, tmp_path / "small", method, memory_budget="220KiB", **options)
+    small = run(family, tmp_path / "small", method, memory_budget=BUDGETS[method], **options)
     same(tmp_path / "whole", tmp_path / "small")
     assert small.changed == whole.changed > 0
     assert not [line for line in whole.messages if "layer" in line]
@@ -63,7 +65,7 @@ def test_layer_by_layer_gives_the_same_bits(family, tmp_path, method, tuned):
     assert told
     for line in told:
         assert "layer by layer, hidden states in memory, " in line
-        assert line.endswith("; model 108 KiB, the memory budget of 220 KiB")
+        assert line.endswith(f"; model 108 KiB, the memory budget of {BUDGETS[method][:3]} KiB")
     assert ("edited as its backward ended" in told[-1]) == (method in AT_ONCE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "whole"]
 
@@ -76,12 +78,12 @@ def test_no_statistics_are_kept_of_the_last_backward(family, tmp_path, monkeypat
     monkeypatch.setattr(Keeper, "take", lambda *a: (keepers.append(a[0]), take(*a))[1])
     monkeypatch.setattr(get(method), "edit", lambda *a: (order.append(a[1].layer), edit(*a))[1])
     monkeypatch.setattr(GradientPass, "backward", lambda *a: (order.append("back"), backward(*a))[1])
-    run(family, tmp_path / "at once", method, memory_budget="220KiB")
+    run(family, tmp_path / "at once", method, memory_budget=BUDGETS[method])
     assert len(set(keepers)) == AT_ONCE[method]
     modules = [2] * 7, [1] * 7, [0] * 7
     assert order[-24:] == ["back", *modules[0], "back", *modules[1], "back", *modules[2]]
     order.clear()
-    run(family, tmp_path / "after", method, memory_budget="220KiB", statistics=tmp_path / "kept")
+    run(family, tmp_path / "after", method, memory_budget=BUDGETS[method], statistics=tmp_path / "kept")
     assert order[-21:] == [*modules[2], *modules[1], *modules[0]]
     same(tmp_path / "at once", tmp_path / "after")
 
@@ -89,7 +91,7 @@ def test_no_statistics_are_kept_of_the_last_backward(family, tmp_path, monkeypat
 @pytest.mark.parametrize("method", ["rewind", "safe_delta"])
 def test_killed_between_layers_goes_on(family, tmp_path, monkeypatch, method):
     """Files whose layers were finished are kept; the other modules are edited again, with the same result."""
-    run(family, tmp_path / "whole", method, memory_budget="220KiB")
+    run(family, tmp_path / "whole", method, memory_budget=BUDGETS[method])
     plain, edited = get(method).edit, []
 
     def edit(self, module, plan):
@@ -102,7 +104,7 @@ def test_killed_between_layers_goes_on(family, tmp_path, monkeypatch, method):
     for stop in (0, None):
         edited.clear()
         with pytest.raises(KeyboardInterrupt) if stop == 0 else nullcontext():
-            run(family, tmp_path / "out", method, memory_budget="220KiB", resume=True)
+            run(family, tmp_path / "out", method, memory_budget=BUDGETS[method], resume=True)
     assert [name.split(".")[2] for name in edited] == ["0"] * 7  # a file holds a layer here
     same(tmp_path / "whole", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
