@@ -92,6 +92,5 @@ def test_a_model_passes_through_a_smaller_budget(family, tmp_path, shape, method
     told = json.loads(done.stdout)
     assert any("layer by layer, hidden states in memory" in line and kept in line for line in told["messages"])
     assert told["changed"] > 0
-    print(budget, layer, told)
     # Resident memory: pages of files that are mapped count as well.
     assert all(peak < budget + layer for peak in told["peaks"].values()), told["peaks"]
