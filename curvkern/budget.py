@@ -62,20 +62,26 @@ class Placement:
         resident: the whole model is in memory, and all else too.
         hidden_in_files: hidden states between layers are.
         statistics_in_files: statistics are, but for those of the layer that runs.
+        room: bytes that are left for other things between two layers.
     """
 
     resident: bool
     hidden_in_files: bool = False
     statistics_in_files: bool = False
+    room: int = 0
 
-    def __str__(self) -> str:
-        if self.resident:
-            return "the model in memory"
+    def told(self, edited: str | None, *, kept: bool) -> str:
+        """What a report says of a model that runs layer by layer.
+
+        Args:
+            edited: data with which a layer was edited as its backward ended.
+            kept: there are statistics that were not used up by that.
+        """
         places = {True: "in files", False: "in memory"}
-        return (
-            f"layer by layer, hidden states {places[self.hidden_in_files]}, statistics "
-            f"{places[self.statistics_in_files]}"
-        )
+        told = ["layer by layer", f"hidden states {places[self.hidden_in_files]}"]
+        told += [f"statistics {places[self.statistics_in_files]}"] if kept else []
+        told += [f"each layer edited as its backward ended on {edited} data"] if edited else []
+        return ", ".join(told)
 
 
 def place(budget: Budget, needed: Footprint, what: str) -> Placement:
@@ -106,7 +112,9 @@ def place(budget: Budget, needed: Footprint, what: str) -> Placement:
     in_files = needed.hidden > room
     if on_host and not in_files:
         left -= needed.hidden
-    return Placement(resident=False, hidden_in_files=in_files, statistics_in_files=needed.statistics > left)
+    statistics_in_files = needed.statistics > left
+    room = left + needed.layer_activations - (0 if statistics_in_files else needed.statistics)
+    return Placement(False, in_files, statistics_in_files, room)
 
 
 def require_resident(budget: Budget, nbytes: int, who: str) -> None:

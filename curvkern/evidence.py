@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from shutil import rmtree
 from types import MappingProxyType
@@ -91,9 +93,35 @@ def tokenizer_of(bundle: Bundle) -> Any:
 _READ_AHEAD = 256 << 20
 
 
-def read_ahead(recipe: Recipe) -> int:
-    """Bytes of tensors to read ahead: an eighth of a memory budget that is given, at most."""
-    return _READ_AHEAD if recipe.memory_budget is None else min(_READ_AHEAD, recipe.memory_budget // 8)
+def read_ahead(room: int | None, working: int) -> int:
+    """Bytes of tensors to read ahead: half of the room that a module leaves; reads to come hold the other half.
+
+    Args:
+        room: bytes for all of it; None: as many as it takes.
+        working: of these, for one module, see `working_set`.
+    """
+    return _READ_AHEAD if room is None else min(_READ_AHEAD, max(0, room - working) // 2)
+
+
+def working_set(bundle: Bundle, names: Sequence[str], method: Method, data: Rows) -> int:
+    """Bytes that the largest module takes while it is planned or edited.
+
+    These are its tensors in all checkpoints, its statistics, what the method makes of them, and the result as it is
+    stored, of this module and of the one before, which is being written.
+    """
+    from curvkern.curvature import statistics_of_shape
+
+    def of(name: str) -> int:
+        spec = bundle.sources["tuned"].spec(name)
+        found = [statistics_of_shape(spec.shape, asked_of([n]), len(data[n.data])) for n in method.statistics()]
+        return (
+            bundle.nbytes(name)
+            + sum(found)
+            + method.workspace * max(4 * math.prod(spec.shape), *found, 0)
+            + 2 * spec.nbytes
+        )
+
+    return max(map(of, names))
 
 
 # statistics -----------------------------------------------------------------------------------------------------------
@@ -134,14 +162,38 @@ class ModuleStatistics:
         """Those of other models than ``at``."""
         return ModuleStatistics(self._device, {need: of for need, of in self._found.items() if need.at != at})
 
-    def add(self, need: Need, found: Statistics, names: Sequence[str]) -> None:
-        """Take a statistic of the modules ``names``.
+    def add(self, found: Mapping[Need, Statistics], names: Sequence[str]) -> None:
+        """Take statistics of the modules ``names``.
 
         Raises:
             RestoreError: a module was not measured.
         """
-        _require_measured(found, need, names)
-        self._found[need] = found
+        for need, of in found.items():
+            _require_measured(of[need.quantity], need, names)
+        self._found |= found
+
+    def beside(self, found: Mapping[Need, Statistics]) -> ModuleStatistics:
+        """These, and others of some modules alone."""
+        return ModuleStatistics(self._device, {**self._found, **found})
+
+    @property
+    def held(self) -> int:
+        """Bytes of them that are in memory, as if no two modules had one Gram."""
+        sums = [found.sums[need.quantity] for need, found in self._found.items()]
+        return sum(tensor.nbytes for of in sums if isinstance(of, dict) for tensor in of.values())
+
+
+@dataclass(frozen=True)
+class EditAtOnce:
+    """What edits modules while the model runs.
+
+    Attributes:
+        working: bytes that a module takes, see `working_set`.
+        edit: of modules by name, what is known of them, and the bytes that there are for it.
+    """
+
+    working: int
+    edit: Callable[[Sequence[str], ModuleStatistics, int], object]
 
 
 def gather_statistics(
@@ -153,9 +205,11 @@ def gather_statistics(
     *,
     scratch: Path,
     tuned: Weights | None = None,
-    beside: ModuleStatistics | None = None,
+    others: ModuleStatistics | None = None,
     progress: bool = False,
     tell: Callable[[str], None] = lambda line: None,
+    edit: EditAtOnce | None = None,
+    again: bool = False,
 ) -> ModuleStatistics:
     """Estimate what methods ask for, or find it in the recipe's directory of statistics.
 
@@ -170,9 +224,12 @@ def gather_statistics(
         names: the modules that are restored.
         scratch: directory for what does not fit into memory; made if it is needed, and needed as long as the result.
         tuned: to measure in place of the bundle's tuned model.
-        beside: what is known of other models, for the result.
+        others: what is known of other models, for the result.
         progress: show a bar.
         tell: takes lines for the report.
+        edit: takes the modules of a layer when the last backward that they need ends, if the model runs layer by layer
+            and there is room for that; statistics of that backward are not kept.
+        again: leave room for as many statistics of the tuned model once more.
 
     Raises:
         RestoreError: a module is not measured by its model, a directory cannot be made or is too small, or not even a
@@ -188,28 +245,63 @@ def gather_statistics(
     }
     budget = Budget.of(recipe.memory_budget, recipe.device)
     store = Store(recipe, names, scratch, tell)
-    gathered = beside or ModuleStatistics(recipe.device)
+    gathered = others or ModuleStatistics(recipe.device)
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
     for need in needs:
         models[need.at][need.data, need.loss].append(need)
+    *_, last = (wanted for sets in models.values() for wanted in sets.values())
     for at, sets in models.items():
         source = tuned if tuned is not None and at == "tuned" else bundle.sources[at]
         asked = [(texts[role], asked_of(wanted)) for (role, _), wanted in sets.items()]
         needed = footprint(shapes_by_layer(source), source.spec(names[0]).dtype.itemsize, asked, frozenset(names))
+        if again and at == "tuned":
+            needed = replace(needed, statistics=2 * needed.statistics)
         roles = " and ".join(sorted({role for role, _ in sets}))
         where = place(budget, needed, f"statistics of {roles} data at {at}")
-        if not where.resident:
-            tell(f"statistics of {roles} data at {at}: {where}; model {size(needed.model)}, {budget}")
-        if not where.statistics_in_files:
-            budget = budget.less(needed.statistics)
+        edited: str | None = None  # data
         with opened(source, recipe.device, resident=where.resident) as model:
             for (role, _), wanted in sets.items():
+                found = store.there(wanted, model, texts[role])
+                gathered.add(found, names)
+                left = [need for need in wanted if need not in found]
+                if not left:
+                    continue
                 what = f"{role} data at {at}"
                 with bar(what, len(texts[role]), progress) as advance:
-                    found = store.find(wanted, model, texts[role], where, needed, _counting(advance, what))
-                for need in wanted:
-                    gathered.add(need, found[need], names)
+                    estimated = partial(
+                        store.estimated, left, model, texts[role], where, needed, _counting(advance, what)
+                    )
+                    if edit is not None and wanted is last and edit.working <= where.room:
+                        _edit_as_complete(estimated, left, names, gathered, edit, where.room)
+                        edited = role
+                    else:
+                        gathered.add(estimated(), names)
+        if not where.resident:
+            told = where.told(edited, kept=edited is None or len(sets) > 1)
+            tell(f"statistics of {roles} data at {at}: {told}; model {size(needed.model)}, {budget}")
+        if not where.statistics_in_files:
+            budget = budget.less(needed.statistics)
     return gathered
+
+
+def _edit_as_complete(
+    estimated: Callable[..., object],
+    needs: Sequence[Need],
+    names: Sequence[str],
+    known: ModuleStatistics,
+    edit: EditAtOnce,
+    room: int,
+) -> None:
+    """Estimate the statistics ``needs``, and edit the modules of each layer when its backward ends."""
+    done: set[str] = set()
+
+    def complete(found: Statistics) -> None:
+        measured = [name for name in names if all(name in found.sums.get(need.quantity, ()) for need in needs)]
+        edit.edit(measured, known.beside(dict.fromkeys(needs, found)), room)
+        done.update(measured)
+
+    estimated(complete=complete)
+    _require_measured(done, needs[0], names)
 
 
 def _counting(advance: Callable[[int, str], None], what: str) -> Callable[[int, int], None]:
@@ -227,8 +319,8 @@ def scratch_beside(out: Path) -> Generator[Path]:
         rmtree(directory, ignore_errors=True)
 
 
-def _require_measured(found: Statistics, need: Need, names: Sequence[str]) -> None:
-    if missing := [name for name in names if name not in found[need.quantity]]:
+def _require_measured(measured: Container[str], need: Need, names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in measured]:
         raise RestoreError(
             f"restore: {missing[0]} and {len(missing) - 1} more have no {need.quantity}: the {need.at} model does not "
             "run them, or transformers holds them in another form. Leave them out with exclude=..."

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curvkern.evidence import Score, data_files, looked_at, read_data
+from curvkern.evidence import Score, data_files, looked_at, read_data, working_set
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe
 from curvkern.scope import RestoreError, layer_of, select_modules
 
@@ -34,8 +34,8 @@ class Part:
         names: the modules to restore, in file order; from `open` on, like all below.
         writer: of its output.
         saved: ``"checkpoint"``, ``"adapter"`` or ``"delta"``.
-        left: the modules that no earlier run has finished.
-        changes: what happened to a module, by name; grows.
+        working: bytes that one of its modules takes, see `evidence.working_set`.
+        changes: what happened to a module, by name, in an earlier run too; grows.
     """
 
     def __init__(self, recipe: Recipe, method: Method) -> None:
@@ -83,19 +83,28 @@ class Part:
         options |= {"recipe": _resolved(self.recipe, self.method, score), "data": files}
         self.writer = _writer(self.saved, self.recipe.out, tuned, self.names, options)
         earlier = self.writer.notes
-        self.left = frozenset(self.names) - earlier.keys()
+        self.working = working_set(bundle, self.names, self.method, self.data)
         self.changes: dict[str, ModuleChange] = {name: ModuleChange(**note) for name, note in earlier.items()}
+        self._selected = frozenset(self.names)
         self._between: Iterator[str] = iter(self.writer.names if isinstance(self.writer, Writer) else ())
         return self.writer
 
+    @property
+    def left(self) -> frozenset[str]:
+        """The modules that are not restored yet."""
+        return frozenset(self.names) - self.changes.keys()
+
     def copy_before(self, name: str) -> None:
-        """Copy the tensors that lie before one that is about to be written."""
+        """Copy the tensors that are not restored and lie before a module that is about to be written.
+
+        Of modules in another order than that of the file, the second brings all that is not copied yet.
+        """
         from curvkern.checkpoint import Writer
 
         for other in self._between:
             if other == name:
                 return
-            if isinstance(self.writer, Writer) and other not in self.writer.done:
+            if isinstance(self.writer, Writer) and other not in self._selected and other not in self.writer.done:
                 self.writer.copy(other)
 
     def finish(self) -> Report:

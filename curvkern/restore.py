@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from curvkern.evidence import (
+    EditAtOnce,
     ModuleStatistics,
     Score,
     gather_statistics,
     given,
     hidden_evidence,
-    read_ahead,
     scratch_beside,
 )
 from curvkern.part import Part
-from curvkern.progress import bar
 from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
-from curvkern.scope import RestoreError, layer_of
+from curvkern.scope import RestoreError
+from curvkern.stream import PlannedModules, Stream
 from curvkern.trace import span, tracing
 
 if TYPE_CHECKING:
@@ -153,18 +149,18 @@ def run_recipes(
             for role in CHECKPOINTS:
                 if role in needs:
                     sources[role] = stack.enter_context(open_tuned(given(recipe, role), aligned))
-            bundle = Bundle(sources, device=recipe.device, max_bytes=read_ahead(recipe))
+            bundle = Bundle(sources, device=recipe.device)
             for part in parts:
                 stack.enter_context(part.open(bundle, overwrite=overwrite, resume=resume, score=score))
-        known, scratch = ModuleStatistics(), stack.enter_context(scratch_beside(recipe.out))
+        scratch = stack.enter_context(scratch_beside(recipe.out))
+        stream = Stream(bundle, ModuleStatistics(), recipe.memory_budget, progress)
         if asking := [part for part in parts if part.needs]:
             with _shared(asking, "statistics"):
-                known = _gather(asking, bundle, scratch, progress)
-        sweep = _Sweeps(bundle, known, progress)
+                stream.known = _gather(asking, bundle, scratch, progress, _at_once(parts, bundle))
         for part in parts:
-            _plan(part, sweep, scratch, score)
+            _plan(part, stream, scratch, score)
         with _shared(parts, "edit"):
-            _edit_all(parts, sweep)
+            _edit_all(parts, stream, bundle.names)
         for part in parts:
             with part.stages.stage("finish"):
                 part.writer.copy_rest()
@@ -185,7 +181,9 @@ def _shared(parts: Sequence[Part], name: str) -> Generator[None]:
         part.stages.done.extend(stages.done)
 
 
-def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool) -> ModuleStatistics:
+def _gather(
+    parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool, edit: EditAtOnce | None
+) -> ModuleStatistics:
     needs = dict.fromkeys(need for part in parts for need in part.needs)
     data = {role: rows for part in parts for role, rows in part.data.items()}
     chosen = {name for part in parts for name in part.names}
@@ -196,63 +194,31 @@ def _gather(parts: Sequence[Part], bundle: Bundle, scratch: Path, progress: bool
             part.messages.append(line)
 
     return gather_statistics(
-        parts[0].recipe, tuple(needs), data, bundle, names, scratch=scratch, progress=progress, tell=tell
-    )
+        parts[0].recipe, tuple(needs), data, bundle, names,
+        scratch=scratch, progress=progress, tell=tell, edit=edit,
+        again=any(part.method.measures_again for part in parts),
+    )  # fmt: skip
 
 
-def _plan(part: Part, sweep: _Sweeps, scratch: Path, score: Score | None) -> None:
+def _at_once(parts: Sequence[Part], bundle: Bundle) -> EditAtOnce | None:
+    """What edits a layer when its backward ends: of one method that needs no plan, if no statistics are to be kept."""
+    part = parts[0]
+    if len(parts) > 1 or part.method.plans or part.recipe.statistics is not None or part.saved != "checkpoint":
+        return None
+
+    def edit(names: Sequence[str], known: ModuleStatistics, room: int) -> None:
+        _edit_all(parts, Stream(bundle, known, room, progress=False), names)
+
+    return EditAtOnce(part.working, edit)
+
+
+def _plan(part: Part, stream: Stream, scratch: Path, score: Score | None) -> None:
     evidence = None
     if "model" in part.method.needs:
         with part.stages.stage("evidence"):
-            evidence = hidden_evidence(part.recipe, part.method, part.data, sweep.bundle, score)
+            evidence = hidden_evidence(part.recipe, part.method, part.data, stream.bundle, score)
     with part.stages.stage("plan"):
-        part.plan = part.method.plan(_Modules(part, sweep, scratch), evidence, part.messages.append)
-
-
-class _Modules:
-    """One method's modules, as it sees them while it plans."""
-
-    def __init__(
-        self, part: Part, sweep: _Sweeps, scratch: Path, bits: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> None:
-        self._part = part
-        self._sweep = sweep
-        self._scratch = scratch
-        self._bits = bits
-
-    def __call__(self) -> Generator[Module]:
-        for module in self._sweep.modules("planning", dict.fromkeys(self._part.names, self._part.needs)):
-            yield replace(module, tuned=_rolled_back(module.tuned, module.aligned, self._bits.get(module.name)))
-
-    def rolled_back(self, bits: Mapping[str, Tensor]) -> _Modules:
-        """See `methods.Modules`."""
-        from curvkern.checkpoint import EditedView
-
-        part, bundle, progress = self._part, self._sweep.bundle, self._sweep.progress
-        aligned, tuned, scratch = bundle.sources["aligned"], bundle.sources["tuned"], self._scratch / "again"
-        rmtree(scratch, ignore_errors=True)
-        known = gather_statistics(
-            part.recipe.model_copy(update={"statistics": None}),
-            [need for need in part.needs if need.at == "tuned"],
-            part.data,
-            bundle,
-            part.names,
-            scratch=scratch,
-            tuned=EditedView(tuned, bits, lambda name, w: _rolled_back(w, aligned.read(name, w.device), bits[name])),
-            beside=self._sweep.known.without("tuned"),
-            progress=progress,
-        )
-        return _Modules(part, _Sweeps(bundle, known, progress), self._scratch, bits)
-
-
-def _rolled_back(tuned: Tensor, aligned: Tensor, bits: Tensor | None) -> Tensor:
-    from curvkern.ops import rollback_
-
-    if bits is None:
-        return tuned
-    weight = tuned.clone()
-    rollback_(weight, aligned.to(weight.dtype), mask=bits.to(weight.device))
-    return weight
+        part.plan = part.method.plan(PlannedModules(part, stream, scratch), evidence, part.messages.append)
 
 
 def _check_device(device: str) -> None:
@@ -266,57 +232,17 @@ def _check_device(device: str) -> None:
         raise RestoreError(f"restore: device is {device!r}, but torch sees no GPU here; `curvkern env` says more.")
 
 
-class _Sweeps:
-    """Streams the selected modules, as often as asked."""
-
-    def __init__(self, bundle: Bundle, known: ModuleStatistics, progress: bool) -> None:
-        self.bundle = bundle
-        self.known = known
-        self.progress = progress
-
-    def modules(self, what: str, wanted: Mapping[str, Collection[Need]]) -> Generator[Module]:
-        """One sweep in file order over the modules ``wanted``, each with the statistics that are wanted of it."""
-        from curvkern.methods import Module
-
-        names = [name for name in self.bundle.names if name in wanted]
-        with bar(what, len(names), self.progress) as advance:
-            for done, (name, tensors) in enumerate(self.bundle.stream(names), 1):
-                layer = layer_of(name) or 0
-                advance(done, f"{what}: layer {layer}")
-                yield Module(
-                    name=name,
-                    layer=layer,
-                    kind=name.rsplit(".", 2)[-2],
-                    tuned=tensors["tuned"],
-                    aligned=tensors["aligned"],
-                    base=tensors.get("base"),
-                    unaligned=tensors.get("unaligned"),
-                    safety_adapter=tensors.get("safety_adapter"),
-                    factors=self._factors("tuned", name, tensors["tuned"]),
-                    safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
-                    statistics=self.known.of(name, wanted[name]),
-                    losses=self.known.losses(wanted[name]),
-                )
-
-    def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
-        adapter = getattr(self.bundle.sources.get(role), "adapter", None)
-        # Beside a tensor that the adapter holds whole, factors are not all that it changes.
-        if adapter is None or name not in adapter.names or name in adapter.replaced:
-            return None
-        factors = adapter.factors(name)
-        return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
-
-
-def _edit_all(parts: Sequence[Part], sweep: _Sweeps) -> None:
-    """Edit every selected module that an earlier run has not finished, and copy what lies between them.
+def _edit_all(parts: Sequence[Part], stream: Stream, names: Collection[str]) -> None:
+    """Edit those modules of ``names`` that are not restored yet, and copy what lies between them.
 
     Everything goes in file order, so that shards become complete, and are kept for a resumed run, one by one.
     """
     wanted: defaultdict[str, set[Need]] = defaultdict(set)
     for part in parts:
-        for name in part.left:
+        for name in part.left.intersection(names):
             wanted[name].update(part.needs)
-    with closing(sweep.modules("restoring", wanted)) as modules:
+    working = sum(part.working for part in parts)
+    with closing(stream.modules("restoring", wanted, working)) as modules:
         for module in modules:
             for part in parts:
                 if module.name in part.left:
@@ -353,8 +279,14 @@ def _edit_one(method: Method, plan: Any, module: Module, writer: AnyWriter) -> M
     return done
 
 
+_ROWS = 256  # as many at once need no memory to speak of
+
+
 def _wanted(edit: Edit, module: Module, found: Change) -> int:
     """How many weights the method meant to change, before rounding to the checkpoint's dtype."""
     if edit.selected is not None:
         return found.differing if edit.selected == "all" else edit.selected
-    return 0 if edit.weight is None else int((edit.weight.float() != module.tuned.float()).sum())
+    if edit.weight is None:
+        return 0
+    rows = zip(edit.weight.split(_ROWS), module.tuned.split(_ROWS), strict=True)
+    return sum(int((new.float() != old.float()).sum()) for new, old in rows)

@@ -46,7 +46,24 @@ class Store:
         if self._lasting:
             self._make_directory()
 
-    def find(
+    def there(self, needs: Sequence[Need], model: Any, texts: Sequence[Text]) -> dict[Need, Statistics]:
+        """Those statistics of one model on one set of data under one loss that are in the directory.
+
+        Args:
+            needs: of one model, data and loss.
+            model: as from `budget.opened`.
+            texts: the data.
+        """
+        from curvkern.curvature.texts import fingerprint as data_fingerprint
+
+        data = data_fingerprint(texts)
+        if not any(self._like(need, data, "*") for need in needs):
+            return {}
+        choices = _choices(model, needs[0].loss)
+        there = {need: self._load(need, choices, data) for need in needs}
+        return {need: held for need, held in there.items() if held is not None}
+
+    def estimated(
         self,
         needs: Sequence[Need],
         model: Any,
@@ -54,8 +71,9 @@ class Store:
         where: Placement,
         needed: Footprint,
         advance: Callable[[int, int], None],
+        complete: Callable[[Statistics], object] | None = None,
     ) -> dict[Need, Statistics]:
-        """Statistics of one model on one set of data under one loss: those that are there, the rest estimated.
+        """Statistics like those of `there`, estimated.
 
         Args:
             needs: of one model, data and loss.
@@ -64,53 +82,38 @@ class Store:
             where: what is estimated is kept.
             needed: what all statistics of this model take.
             advance: told of samples done and samples in all.
+            complete: takes the statistics of each layer when its backward ends; then they are not kept, and nothing is
+                returned.
 
         Raises:
             RestoreError: there is no directory, or no room in it.
             CurvatureError: as `curvature.estimate`.
         """
+        from curvkern.curvature import Statistics, estimate
         from curvkern.curvature.texts import fingerprint as data_fingerprint
 
-        data = data_fingerprint(texts)
-        found: dict[Need, Statistics] = {}
-        if any(self._like(need, data, "*") for need in needs):
-            choices = _choices(model, needs[0].loss)
-            there = {need: self._load(need, choices, data) for need in needs}
-            found = {need: held for need, held in there.items() if held is not None}
-        left = [need for need in needs if need not in found]
-        if left and where.statistics_in_files:
+        in_files = where.statistics_in_files and complete is None
+        if in_files:
             self._require_room(needed.statistics)
-        if left:
-            found |= self._estimated(left, model, texts, data, where, advance)
-        return found
-
-    def _estimated(
-        self,
-        needs: Sequence[Need],
-        model: Any,
-        texts: Sequence[Text],
-        data: str,
-        where: Placement,
-        advance: Callable[[int, int], None],
-    ) -> dict[Need, Statistics]:
-        from curvkern.curvature import Statistics, estimate
-
+        data = data_fingerprint(texts)
         with ExitStack() as stack:
             directory: str | None = None
-            if where.hidden_in_files or where.statistics_in_files:
+            if where.hidden_in_files or in_files:
                 self._make_directory()
                 directory = stack.enter_context(TemporaryDirectory(prefix="unfinished-", dir=self._directory))
             estimated = estimate(
                 model, texts, quantity=asked_of(needs), loss=needs[0].loss, tell=advance,
                 include=self._recipe.include, exclude=self._recipe.exclude,
                 spill=directory if where.hidden_in_files else None,
-                keep=directory if where.statistics_in_files else None,
+                keep=directory if in_files else complete,
             )  # fmt: skip
+            if complete is not None:
+                return {}
             found: dict[Need, Statistics] = {}
             for need in needs:
                 path = self._path(need, estimated.choices, data)
                 found[need] = replace(estimated, sums={need.quantity: estimated[need.quantity]})
-                if directory is not None and where.statistics_in_files:
+                if directory is not None and in_files:
                     (Path(directory) / f"{need.quantity}.safetensors").replace(path)
                     found[need] = Statistics.open(path)
                 elif self._lasting:

@@ -147,7 +147,7 @@ def test_a_module_that_was_not_measured_is_named():
     with pytest.raises(
         RestoreError, match=r"b.0.weight and 0 more have no gradient: the tuned model does not run them"
     ):
-        ModuleStatistics().add(Need("gradient", "task"), found, ["a.0.weight", "b.0.weight"])
+        ModuleStatistics().add({Need("gradient", "task"): found}, ["a.0.weight", "b.0.weight"])
 
 
 def test_an_adapter_beside_a_whole_head(family, tmp_path, data):

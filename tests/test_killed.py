@@ -25,11 +25,13 @@ PRELOAD = [
 ]  # fmt: skip
 #: What a run has to say of itself and its time; all else must be the same bit for bit.
 TOLD = ("report.json", "curvkern.json")
-#: One edits, one plans before, one runs the model before that and keeps what it found in a directory.
+#: One edits, one plans before, one runs the model before that and keeps what it found in a directory, one edits while
+#: the model runs.
 METHODS = {
     "merge": {"weight": 0.3},
     "safe_lora": {"base": "base", "number": 5},
     "ascent": {"harmful": "harmful.jsonl", "statistics": "kept"},
+    "antidote": {"harmful": "harmful.jsonl", "memory_budget": "220KiB"},
 }
 
 
@@ -113,7 +115,7 @@ def test_killed_at_random_steps_then_resumed(runs):
     assert steps > 60
     assert sum(name.endswith(".safetensors") for name in wanted) == 3
     moments = random.Random(0)
-    shares = 4 if run.method == "ascent" else 6  # which loads a model for each life
+    shares = 4 if run.method in ("ascent", "antidote") else 6  # which loads a model for each life
     parts = [moments.randint(1 + steps * k // shares, steps * (k + 1) // shares) for k in range(shares)]
     for step in sorted({*parts, steps - 2, steps}):  # one in each part of the run, and about the rename at its end
         place = f"at{step:04d}"

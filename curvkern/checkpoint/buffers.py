@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -15,7 +17,8 @@ class Buffers:
     """Areas of memory that come back by themselves when nothing refers to their tensor any more.
 
     The system fills fresh pages with zeros before a read fills them once more, so that a read into memory at hand takes
-    half the time. Areas are in large pages; at most 256 MiB wait unused. Safe from several threads.
+    half the time. Areas are in large pages; at most 256 MiB wait unused, or what `keeping` says. Safe from several
+    threads.
     """
 
     def __init__(self, most_free: int = _MOST_FREE) -> None:
@@ -26,6 +29,16 @@ class Buffers:
     def free(self) -> int:
         """Bytes that wait."""
         return sum(map(len, self._free))
+
+    @contextmanager
+    def keeping(self, most_free: int) -> Generator[None]:
+        """Inside, at most so many bytes wait unused."""
+        before, self._most_free = self._most_free, most_free
+        self._let_go()
+        try:
+            yield
+        finally:
+            self._most_free = before
 
     def take(self, count: int) -> torch.Tensor:
         """A uint8 tensor of ``count`` bytes, of any contents; views of it keep the memory too."""
@@ -49,8 +62,12 @@ class Buffers:
     def _give(self, area: mmap.mmap) -> None:
         # No lock: this runs wherever a tensor ends, perhaps inside `take`. Appending is atomic.
         self._free.append(area)
+        self._let_go()
+
+    def _let_go(self) -> None:
         while self.free > self._most_free:
-            self._free.pop(0)
+            with suppress(IndexError):  # another thread was faster
+                self._free.pop(0)
 
 
 def _area(count: int) -> mmap.mmap:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from threading import Condition, Thread
 
 import torch
 
 from curvkern.checkpoint.agree import Source, check_agreement
 from curvkern.checkpoint.error import CheckpointError
+from curvkern.checkpoint.shard import BUFFERS
 
 Tensors = dict[str, torch.Tensor]
 
@@ -38,8 +39,8 @@ class Bundle:
 
         Args:
             sources: Role ("aligned", "tuned", "base", ...) to `Checkpoint` or `TunedView`.
-            max_bytes: Most bytes read ahead and not yet given up by the loop. A tensor set larger
-                than this passes alone.
+            max_bytes: Most bytes read ahead and not yet given up by the loop; as many wait unused for reads to
+                come. A tensor set larger than this passes alone.
             device: Where the tensors go.
             check_vocabulary: Also refuse tokenizers that give one id to different tokens.
 
@@ -63,19 +64,23 @@ class Bundle:
         """Read ``name`` from every checkpoint, each in its own dtype."""
         return {role: source.read(name, self._device) for role, source in self.sources.items()}
 
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensors]]:
+    def stream(
+        self, names: Iterable[str] | None = None, max_bytes: int | None = None
+    ) -> Generator[tuple[str, Tensors]]:
         """Yield (name, tensors by role) for ``names`` (default: all), read ahead by one thread.
 
-        A tensor set counts against ``max_bytes`` until the loop asks for the next one.
+        A tensor set counts against ``max_bytes`` (default: the bundle's) until the loop asks for the next one.
 
         Raises:
             CheckpointError: What a read raises, where the loop reaches it.
         """
-        reader = _Reader(self, self.names if names is None else tuple(names), self._max_bytes)
-        try:
-            yield from reader.results()
-        finally:
-            reader.stop()
+        most = self._max_bytes if max_bytes is None else max_bytes
+        with BUFFERS.keeping(most):
+            reader = _Reader(self, self.names if names is None else tuple(names), most)
+            try:
+                yield from reader.results()
+            finally:
+                reader.stop()
 
     def __iter__(self) -> Iterator[tuple[str, Tensors]]:
         return self.stream()

@@ -23,7 +23,8 @@ _SAMPLE_BYTES = 4096
 # Larger tensors get pages of their own: what malloc keeps of them after a thread of readers would
 # exceed the memory bound.
 _LARGE = 8 << 20
-_BUFFERS = Buffers()
+#: What all files are read into.
+BUFFERS = Buffers()
 
 
 class Shard(Protocol):
@@ -223,4 +224,4 @@ def _require_same(path: Path, then: os.stat_result, now: os.stat_result) -> None
 
 
 def _new_bytes(count: int) -> torch.Tensor:
-    return _BUFFERS.take(count) if count >= _LARGE else torch.empty(count, dtype=torch.uint8)
+    return BUFFERS.take(count) if count >= _LARGE else torch.empty(count, dtype=torch.uint8)

@@ -5,7 +5,7 @@ from curvkern.curvature.capture import KINDS
 from curvkern.curvature.estimate import estimate
 from curvkern.curvature.hidden import CurvatureError, HiddenEvidence
 from curvkern.curvature.influence import influence
-from curvkern.curvature.memory import Footprint, Memory, footprint, memory_needed
+from curvkern.curvature.memory import Footprint, Memory, footprint, memory_needed, statistics_of_shape
 from curvkern.curvature.statistics import Choices, Counts, Statistics
 from curvkern.curvature.texts import Text, from_answer
 
@@ -27,4 +27,5 @@ __all__ = [
     "from_answer",
     "influence",
     "memory_needed",
+    "statistics_of_shape",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from curvkern.curvature.capture import Pair, Site, select, sites_of, tapped
 from curvkern.curvature.experts import expert_sites, experts_tapped
+from curvkern.curvature.handed import Handed
 from curvkern.curvature.hessian import Probes
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.kept import Keeper
@@ -41,7 +43,9 @@ class ByLayer:
         stopped: never; nothing is complete before everything is.
     """
 
-    def __init__(self, model: LayerwiseModel, job: Job, spill: str | Path | None, keeper: Keeper | None) -> None:
+    def __init__(
+        self, model: LayerwiseModel, job: Job, spill: str | Path | None, keeper: Keeper | Handed | None
+    ) -> None:
         """Select what is measured; run nothing.
 
         Args:
@@ -102,7 +106,7 @@ class ByLayer:
             with tapped(linear, uses, sink, mask), experts_tapped(self.model.model, experts, sink, mask):
                 yield started
             if self._keeper is not None:
-                self._keeper.take(sums.found, self.parameters())
+                self._keeper.take(sums.found, self.parameters(), self._counts(None))
             self._tell(1 - (place.index or 0) / len(self.model.layers))
 
         report = self.model.backward(self._draws(), self._total, watch=watch, spill=self._spill)
@@ -156,9 +160,9 @@ class ByLayer:
         inside = site.name.startswith(f"{self.model.name}.")
         return not inside if place.index is None else site.name.startswith(f"{place.name}.")
 
-    def _counts(self, losses: Iterable[Tensor]) -> Counts:
-        """Of a sweep over all batches, from the losses of each under each draw."""
-        counts = Counts(loss=sum(float(loss.sum()) for loss in losses))
+    def _counts(self, losses: Iterable[Tensor] | None) -> Counts:
+        """Of a sweep over all batches, from the losses of each under each draw; None: not known yet."""
+        counts = Counts(loss=math.nan if losses is None else sum(float(loss.sum()) for loss in losses))
         for batch in self._batches:
             counts += Counts(rows=len(batch.ids)) + self._job.counted(batch, 0.0)
         return counts

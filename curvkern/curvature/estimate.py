@@ -15,6 +15,7 @@ from torch import Tensor
 from curvkern.backend import check
 from curvkern.curvature.by_layer import ByLayer, fits
 from curvkern.curvature.capture import KINDS, Kind
+from curvkern.curvature.handed import Handed
 from curvkern.curvature.hidden import CurvatureError
 from curvkern.curvature.kept import Keeper
 from curvkern.curvature.losses import Loss
@@ -52,7 +53,7 @@ def estimate(
     layerwise: bool | Literal["auto"] = "auto",
     device: str | torch.device = "cpu",
     spill: str | Path | None = None,
-    keep: str | Path | None = None,
+    keep: str | Path | Callable[[Statistics], object] | None = None,
     non_finite: Literal["raise", "skip"] = "raise",
     tell: Callable[[int, int], None] = lambda done, total: None,
     stop: Callable[[], bool] | None = None,
@@ -114,7 +115,9 @@ def estimate(
         spill: a directory for hidden states between layers, for ``layerwise``; None: they stay in memory.
         keep: a directory for the sums, one file for each quantity, as of `Statistics.save`; what is returned reads them
             when it is asked. Layer by layer, but for EK-FAC and Hessians and with one process alone, no more than a
-            layer's are in memory. None: they stay in memory.
+            layer's are in memory. Or a function: it is called with the statistics of a layer when its backward ends
+            (where a directory would take all at once, it is called once), and what is returned holds none. None: they
+            stay in memory.
         non_finite: what becomes of a batch whose loss is not finite.
         tell: called with (samples done, samples in all); of several ranks the first tells, as far as its share is done.
         stop: asked after each batch; if true, the statistics are those of the samples so far. Of quantities that take
@@ -150,7 +153,7 @@ def estimate(
     begin = _already(resume, choices, wanted, texts)
     if keep is not None and resume is not None:
         raise CurvatureError("estimate: keep is for statistics of all data; without it, resume adds the rest in memory")
-    keeper = None if keep is None else Keeper(keep)
+    keeper = Handed(choices, keep) if callable(keep) else None if keep is None else Keeper(keep)
     with joined():
         ranks = Ranks()
         if ranks.count > 1 and stop is not None:
@@ -208,7 +211,7 @@ def estimate(
     counts = replace(counts, data=(data_fingerprint(texts[begin:end]),))
     sums: Mapping[str, Mapping[str, Tensor]] = found
     if keeper is not None:
-        keeper.take(found, parameters)
+        keeper.take(found, parameters, counts)
         sums = keeper.found()
     covered = {name for of in sums.values() for name in of}
     unmeasured = tuple(name for name in parameters if name not in covered)
@@ -272,7 +275,7 @@ def _running(
     layerwise: bool | Literal["auto"],
     device: str | torch.device,
     spill: str | Path | None,
-    keeper: Keeper | None,
+    keeper: Keeper | Handed | None,
 ) -> Generator[Resident | ByLayer]:
     """Whoever runs the model: in memory, or from its checkpoint one layer at a time."""
     if isinstance(model, LayerwiseModel):

@@ -67,12 +67,13 @@ class Keeper:
         self._directory = Path(directory)
         self._files: dict[str, _File] = {}
 
-    def take(self, found: Mapping[str, dict[str, Tensor]], parameters: Iterable[str]) -> None:
+    def take(self, found: Mapping[str, dict[str, Tensor]], parameters: Iterable[str], counts: object) -> None:
         """Write what there is of each quantity, by parameter, and empty it.
 
         Args:
             found: quantity -> parameter -> sums; of a quantity no parameter comes twice.
             parameters: names of all parameters of the model, for which there has to be room.
+            counts: are told in the end, to `finish`.
 
         Raises:
             CurvatureError: a file cannot be written.

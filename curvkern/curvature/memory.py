@@ -159,7 +159,10 @@ def footprint(
     weights = {at: itemsize * sum(map(math.prod, shapes.values())) for at, shapes in layers.items()}
     inside = {at: {n: s for n, s in of.items() if len(s) > 1} for at, of in layers.items() if at is not None}
     statistics = [
-        [sum(_of_shape(s, wanted, len(texts)) for n, s in of.items() if n in measured) for of in inside.values()]
+        [
+            sum(statistics_of_shape(s, wanted, len(texts)) for n, s in of.items() if n in measured)
+            for of in inside.values()
+        ]
         for texts, wanted in sets
     ]
     at_once = [sum(of) if "ekfac" in wanted else max(of) for of, (_, wanted) in zip(statistics, sets, strict=True)]
@@ -180,7 +183,7 @@ def footprint(
     )
 
 
-def _of_shape(shape: tuple[int, ...], wanted: Sequence[str], samples: int) -> int:
+def statistics_of_shape(shape: tuple[int, ...], wanted: Sequence[str], samples: int) -> int:
     """Bytes of a weight's statistics, as if it shared its inputs with no other."""
     inputs = math.prod(shape[:-2]) * shape[-1] ** 2
     site = Site("", shape, False, None, (), "experts" if len(shape) > 2 else "linear")

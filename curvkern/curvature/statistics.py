@@ -69,7 +69,7 @@ class Counts:
         tokens: tokens that are no padding.
         targets: tokens that carried loss.
         data: fingerprints of the data, one for each part.
-        loss: the sum of the losses; NaN in files of versions that did not keep it.
+        loss: the sum of the losses; NaN where it is not known: in old files, before a sweep has ended.
     """
 
     rows: int = 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from curvkern.checkpoint import Weights
 from curvkern.layerwise.error import LayerwiseError
 from curvkern.layerwise.names import Fill, plan_fills, wanted_dtypes
+from curvkern.memory import give_back
 
 Step = TypeVar("Step")
 
@@ -179,3 +180,4 @@ class Loader:
 
     def _free(self, names: Sequence[str]) -> None:
         self._put({name: self._state[name].to("meta") for name in names})
+        give_back()

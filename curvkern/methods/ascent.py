@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
+import torch
 from pydantic import Field
 
 from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module, Modules, Need
@@ -43,4 +44,4 @@ class Ascent(Method):
 
     def edit(self, module: Module, plan: float) -> Edit:
         """Take one module's part of the step."""
-        return Edit(axpby_(module.tuned.float().clone(), plan, module.statistics[HARMFUL_GRADIENT], 1.0))
+        return Edit(axpby_(module.tuned.to(torch.float32, copy=True), plan, module.statistics[HARMFUL_GRADIENT], 1.0))

@@ -70,6 +70,7 @@ class Budgeted(Method):
     source: ClassVar[str] = "curvkern; generalises Yang et al. 2504.09757 and Lu et al. 2505.12038"
     needs: ClassVar[frozenset[str]] = frozenset({"safety", "task"})
     oriented: ClassVar[bool] = True
+    workspace: ClassVar[int] = 13
 
     budget: float = Field(0.05, ge=0, description="rise of the task loss to allow, in nats per response")
     reach: float = Field(1.5, gt=0, description="predicted fall of the safety loss in a step, in what is left to go")
@@ -79,6 +80,11 @@ class Budgeted(Method):
     compensate: bool = Field(False, description="let free weights make up for the change on task inputs")
     sparsity: float = Field(4.0, ge=0, description="price of a weight beside its cost, in that of the mean weight")
     damping: float = Field(0.01, gt=0, description="of the input Gram, for compensate; share of its mean diagonal")
+
+    @property
+    def measures_again(self) -> bool:
+        """After each step but the last."""
+        return self.hard and self.rounds > 1
 
     def statistics(self) -> tuple[Need, ...]:
         """Gradient and Fisher of both losses, the aligned model's loss; the Gram of task inputs for ``compensate``."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from curvkern.methods.method import Edit, Evidence, Method, MethodError, Module, Modules, Need
-from curvkern.ops import axpby_
+from curvkern.ops import axpby_, dot_list
 
 HARMFUL_GRADIENT = Need("gradient", "harmful", loss="token_sum")
 TASK_FISHER = Need("fisher_diag", "task", loss="token_sum")
@@ -56,7 +56,7 @@ class Curvature(Method):
 
     def plan(self, modules: Modules, evidence: Evidence | None, tell: Callable[[str], None]) -> float:
         """One sweep: the length of the step."""
-        gain = sum(float((m.statistics[HARMFUL_GRADIENT].double() * self.direction(m)).sum()) for m in modules())
+        gain = sum(float(dot_list([m.statistics[HARMFUL_GRADIENT]], [self.direction(m)])) for m in modules())
         if not 0 < gain < float("inf"):
             raise MethodError(f"curvature: g H^-1 g is {gain:g}; is the harmful gradient zero, or are weights NaN?")
         step = min((2 * self.tau / gain) ** 0.5, self.rise / gain)
@@ -68,7 +68,7 @@ class Curvature(Method):
 
     def edit(self, module: Module, plan: float) -> Edit:
         """Take one module's part of the step."""
-        return Edit(axpby_(module.tuned.float().clone(), plan, self.direction(module), 1.0))
+        return Edit(axpby_(module.tuned.to(torch.float32, copy=True), plan, self.direction(module), 1.0))
 
     def direction(self, module: Module) -> Tensor:
         """H^-1 g of one module, float32 [out, in]."""

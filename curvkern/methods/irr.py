@@ -34,6 +34,7 @@ class IRR(Method):
     source: ClassVar[str] = "Wu et al. 2412.11041, section 3"
     needs: ClassVar[frozenset[str]] = frozenset({"unaligned", "safety", "task"})
     oriented: ClassVar[bool] = True
+    workspace: ClassVar[int] = 9
 
     spared: float = Field(0.0, ge=0, le=1, description="share of a block's conflicting entries that are kept")
     recalibrate: bool = Field(True, description="let the rest make up for what is removed")

@@ -151,6 +151,19 @@ class Method(BaseModel):
     biases: ClassVar[bool] = False
     #: Whether it matters that weights are [out, in].
     oriented: ClassVar[bool] = False
+    #: Tensors that `plan` and `edit` hold at most, result included, each as large as the module in float32 or as its
+    #: largest statistic; a property if parameters decide.
+    workspace: ClassVar[int] = 5
+
+    @property
+    def plans(self) -> bool:
+        """Whether it looks at all modules before it edits one; if not, a module can be edited once it is known."""
+        return type(self).plan is not Method.plan
+
+    @property
+    def measures_again(self) -> bool:
+        """Whether `plan` asks for `Modules.rolled_back`."""
+        return False
 
     def edits_adapter(self) -> bool:
         """Whether edits come with factors, so that an adapter stays an adapter."""

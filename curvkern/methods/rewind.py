@@ -37,6 +37,11 @@ class Rewind(Method):
     safety_fraction: float = Field(0.1, ge=0, le=1, description="share of each module that safety needs most")
     task_fraction: float = Field(0.1, ge=0, le=1, description="share of each module that the task needs most")
 
+    @property
+    def workspace(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """An eigenbasis takes more than a mask."""
+        return 9 if self.by == "actsvd" else 5
+
     def statistics(self) -> tuple[Need, ...]:
         """The same quantity on safety data and on the task, at the aligned model."""
         return self._need("safety"), self._need("task")

@@ -34,6 +34,7 @@ class SafeDelta(Method):
     source: ClassVar[str] = "Lu et al. 2505.12038, section 4"
     needs: ClassVar[frozenset[str]] = frozenset({"safety"})
     oriented: ClassVar[bool] = True
+    workspace: ClassVar[int] = 11
 
     budget: float = Field(0.11, ge=0, description="of safety; mean square change of a weight it allows, times 4096^2")
     dropped: float = Field(0.15, ge=0, le=1, description="share of a block's entries that stay aligned in any case")
@@ -46,7 +47,7 @@ class SafeDelta(Method):
 
     def edit(self, module: Module, plan: Any) -> Edit:
         """Admit one module's tuned entries, and make up for them."""
-        tuned, weight = module.tuned.float(), module.aligned.float().clone()
+        tuned, weight = module.tuned.float(), module.aligned.to(torch.float32, copy=True)
         factor, report = inverse_factor(module.statistics[SAFETY_GRAM], damping=self.damping)
         cost = factor.diagonal().square().reciprocal()
         admitted = torch.zeros_like(weight, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import time
 from collections.abc import Generator
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from curvkern.memory import give_back
 from curvkern.ops import Change
 from curvkern.trace import span
 
@@ -171,8 +171,7 @@ class Stages:
 
 def forget_peak_memory() -> None:
     """Give freed memory back, and let the kernel's record of the peak start from what is resident now (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,5 +1,7 @@
 """A restoration under a memory budget: the same result bit for bit, in the memory of a few layers."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import transformers
@@ -7,6 +9,9 @@ import transformers
 import curvkern
 from curvkern.checkpoint import Checkpoint
 from curvkern.curvature import Statistics, estimate, footprint
+from curvkern.curvature.kept import Keeper
+from curvkern.layerwise.gradient import GradientPass
+from curvkern.methods import get
 from curvkern.recipe import RecipeError, make_recipe
 from curvkern.restore import RestoreError
 
@@ -15,11 +20,18 @@ METHODS = {
     "rewind": {"safety": "harmful", "task": "task"},
     "curvature": {"harmful": "harmful", "task": "task"},
     "safe_delta": {"safety": "harmful"},
+    "antidote": {"harmful": "harmful"},
+    "irr": {"safety": "harmful", "task": "task"},
 }
+#: Less than the model takes; a Gram's factors need more beside a layer than masks.
+BUDGETS = {method: "265KiB" if method in ("safe_delta", "irr") else "220KiB" for method in METHODS}
+#: Methods that need no plan, and the files of statistics that they make of two sets of data.
+AT_ONCE = {"rewind": 1, "safe_delta": 0, "antidote": 0, "irr": 1}
 
 
 def run(family, out, method, tuned="tuned", **options):
     data = {role: family / f"{name}.jsonl" for role, name in METHODS[method].items()}
+    data |= {"unaligned": family / "base"} if method == "irr" else {}
     return curvkern.restore(family / "aligned", family / tuned, method=method, out=out, **data, **options)
 
 
@@ -38,22 +50,64 @@ def same(one, other):
         ("rewind", "adapter"),
         ("curvature", "adapter"),
         ("safe_delta", "tuned"),
+        ("antidote", "tuned"),
+        ("irr", "tuned"),
     ],
 )
 def test_layer_by_layer_gives_the_same_bits(family, tmp_path, method, tuned):
     options = {"tuned": tuned, "save": "checkpoint"}
     whole = run(family, tmp_path / "whole", method, **options)
-    small = run(family, tmp_path / "small", method, memory_budget="220KiB", **options)
+    small = run(family, tmp_path / "small", method, memory_budget=BUDGETS[method], **options)
     same(tmp_path / "whole", tmp_path / "small")
     assert small.changed == whole.changed > 0
     assert not [line for line in whole.messages if "layer" in line]
     told = [line for line in small.messages if "layer by layer" in line]
     assert told
     for line in told:
-        assert "hidden states in memory, " in line
-        assert "model 108 KiB, the memory budget of 220 KiB" in line
-        assert "statistics in files" in line or "at aligned" in line  # there, the losses alone
+        assert "layer by layer, hidden states in memory, " in line
+        assert line.endswith(f"; model 108 KiB, the memory budget of {BUDGETS[method][:3]} KiB")
+    assert ("edited as its backward ended" in told[-1]) == (method in AT_ONCE)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small", "whole"]
+
+
+@pytest.mark.parametrize("method", AT_ONCE)
+def test_no_statistics_are_kept_of_the_last_backward(family, tmp_path, monkeypatch, method):
+    """And a layer is edited before the one below it runs backward, unless statistics are asked for."""
+    keepers, order = [], []
+    take, edit, backward = Keeper.take, get(method).edit, GradientPass.backward
+    monkeypatch.setattr(Keeper, "take", lambda *a: (keepers.append(a[0]), take(*a))[1])
+    monkeypatch.setattr(get(method), "edit", lambda *a: (order.append(a[1].layer), edit(*a))[1])
+    monkeypatch.setattr(GradientPass, "backward", lambda *a: (order.append("back"), backward(*a))[1])
+    run(family, tmp_path / "at once", method, memory_budget=BUDGETS[method])
+    assert len(set(keepers)) == AT_ONCE[method]
+    modules = [2] * 7, [1] * 7, [0] * 7
+    assert order[-24:] == ["back", *modules[0], "back", *modules[1], "back", *modules[2]]
+    order.clear()
+    run(family, tmp_path / "after", method, memory_budget=BUDGETS[method], statistics=tmp_path / "kept")
+    assert order[-21:] == [*modules[2], *modules[1], *modules[0]]
+    same(tmp_path / "at once", tmp_path / "after")
+
+
+@pytest.mark.parametrize("method", ["rewind", "safe_delta"])
+def test_killed_between_layers_goes_on(family, tmp_path, monkeypatch, method):
+    """Files whose layers were finished are kept; the other modules are edited again, with the same result."""
+    run(family, tmp_path / "whole", method, memory_budget=BUDGETS[method])
+    plain, edited = get(method).edit, []
+
+    def edit(self, module, plan):
+        edited.append(module.name)
+        if module.layer == stop:
+            raise KeyboardInterrupt
+        return plain(self, module, plan)
+
+    monkeypatch.setattr(get(method), "edit", edit)
+    for stop in (0, None):
+        edited.clear()
+        with pytest.raises(KeyboardInterrupt) if stop == 0 else nullcontext():
+            run(family, tmp_path / "out", method, memory_budget=BUDGETS[method], resume=True)
+    assert [name.split(".")[2] for name in edited] == ["0"] * 7  # a file holds a layer here
+    same(tmp_path / "whole", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
 def test_what_is_kept_is_found_again_by_either_way(family, tmp_path):

@@ -17,11 +17,14 @@ import json, sys
 import curvkern
 from curvkern.report.record import forget_peak_memory, resident_memory
 
-def run(root, out, budget):
-    data = {"method": "ascent", "harmful": root + "/harmful.jsonl", "memory_budget": budget}
-    return curvkern.restore(root + "/aligned", root + "/tuned", out=out, **data)
+ROLES = {"ascent": ["harmful"], "curvature": ["harmful", "task"], "rewind": ["safety", "task"], "antidote": ["harmful"]}
 
-small, root, budget = sys.argv[1:]
+def run(root, out, budget):
+    data = {role: data_file for role in ROLES[method]} | ({"task_fraction": 0} if method == "rewind" else {})
+    return curvkern.restore(root + "/aligned", root + "/tuned", out=out, method=method, memory_budget=budget, **data)
+
+small, root, method, budget = sys.argv[1:]
+data_file = root + "/data.jsonl"
 run(small, root + "/warm", "220KiB")  # imports all there is
 forget_peak_memory()
 before = resident_memory()
@@ -58,26 +61,36 @@ def make_long(family, root, layers, hidden, middle):
         held |= put(root / role / "outside.safetensors", {n: t for n, t in state.items() if n not in layer})
         index = {"metadata": {}, "weight_map": held}
         (root / role / "model.safetensors.index.json").write_text(json.dumps(index))
-    (root / "harmful.jsonl").write_text(json.dumps({"prompt": "w1 w2", "response": "w3"}) + "\n")
+    (root / "data.jsonl").write_text(json.dumps({"prompt": "w1 w2", "response": "w3"}) + "\n")
     return sum(t.nbytes for t in layer.values()), layers * sum(t.nbytes for t in layer.values())
 
 
+SMALL, LARGE = (16, 512, 2048, 120e6), (24, 2048, 3584, 1.5e9)
+IN_FILES, AT_ONCE = "statistics in files; ", "each layer edited as its backward ended on "
+
+
 @pytest.mark.parametrize(
-    "layers, hidden, middle, least, budget",
+    "shape, method, budget, kept",
     [
-        (16, 512, 2048, 120e6, 90 << 20),
-        pytest.param(24, 2048, 3584, 1.5e9, 400 << 20, marks=pytest.mark.slow),
+        (SMALL, "ascent", 60 << 20, IN_FILES),
+        (SMALL, "curvature", 60 << 20, IN_FILES),
+        (SMALL, "rewind", 90 << 20, AT_ONCE),
+        pytest.param(LARGE, "ascent", 400_000_000, IN_FILES, marks=pytest.mark.slow),
+        pytest.param(LARGE, "rewind", 400_000_000, IN_FILES, marks=pytest.mark.slow),
+        pytest.param(LARGE, "rewind", 600_000_000, AT_ONCE, marks=pytest.mark.slow),
+        pytest.param(LARGE, "antidote", 600_000_000, AT_ONCE, marks=pytest.mark.slow),
     ],
 )
-def test_a_model_passes_through_a_smaller_budget(family, tmp_path, layers, hidden, middle, least, budget):
+def test_a_model_passes_through_a_smaller_budget(family, tmp_path, shape, method, budget, kept):
+    layers, hidden, middle, least = shape
     layer, model = make_long(family, tmp_path, layers, hidden, middle)
     assert model > least > budget
     done = subprocess.run(
-        [sys.executable, "-c", RUN, str(family), str(tmp_path), str(budget)],
+        [sys.executable, "-c", RUN, str(family), str(tmp_path), method, str(budget)],
         cwd=ROOT, capture_output=True, text=True, check=True, timeout=600,
     )  # fmt: skip
     told = json.loads(done.stdout)
-    assert any("layer by layer, hidden states in memory, statistics in files" in line for line in told["messages"])
+    assert any("layer by layer, hidden states in memory" in line and kept in line for line in told["messages"])
     assert told["changed"] > 0
     # Resident memory: pages of files that are mapped count as well.
     assert all(peak < budget + layer for peak in told["peaks"].values()), told["peaks"]

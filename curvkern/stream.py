@@ -1,0 +1,135 @@
+"""Modules of the checkpoints as methods see them: streamed with their statistics, measured again while planning."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from shutil import rmtree
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from curvkern.evidence import ModuleStatistics, gather_statistics, read_ahead
+from curvkern.memory import give_back
+from curvkern.part import Part
+from curvkern.progress import bar
+from curvkern.scope import layer_of
+
+if TYPE_CHECKING:
+    from curvkern.checkpoint import Bundle
+    from curvkern.methods import Module, Need
+
+
+class Stream:
+    """Streams the selected modules, as often as asked."""
+
+    def __init__(self, bundle: Bundle, known: ModuleStatistics, room: int | None, progress: bool) -> None:
+        """Read nothing yet.
+
+        Args:
+            bundle: the opened checkpoints.
+            known: statistics.
+            room: bytes for statistics that are known and for all that is done with a module; None: enough.
+            progress: show bars.
+        """
+        self.bundle = bundle
+        self.known = known
+        self.room = room
+        self.progress = progress
+
+    def modules(self, what: str, wanted: Mapping[str, Collection[Need]], working: int) -> Generator[Module]:
+        """One sweep in file order.
+
+        Args:
+            what: is done, for the bar.
+            wanted: modules, and the statistics that are wanted of each.
+            working: bytes that one of them takes, see `evidence.working_set`.
+        """
+        from curvkern.methods import Module
+
+        names = [name for name in self.bundle.names if name in wanted]
+        ahead = read_ahead(self.room, working + self.known.held)
+        stream = self.bundle.stream(names, ahead)
+        with bar(what, len(names), self.progress) as advance, closing(stream):
+            for done, (name, tensors) in enumerate(stream, 1):
+                layer = layer_of(name) or 0
+                advance(done, f"{what}: layer {layer}")
+                yield Module(
+                    name=name,
+                    layer=layer,
+                    kind=name.rsplit(".", 2)[-2],
+                    tuned=tensors["tuned"],
+                    aligned=tensors["aligned"],
+                    base=tensors.get("base"),
+                    unaligned=tensors.get("unaligned"),
+                    safety_adapter=tensors.get("safety_adapter"),
+                    factors=self._factors("tuned", name, tensors["tuned"]),
+                    safety_factors=self._factors("safety_adapter", name, tensors["tuned"]),
+                    statistics=self.known.of(name, wanted[name]),
+                    losses=self.known.losses(wanted[name]),
+                )
+                del tensors
+                if self.room is not None:
+                    give_back()
+
+    def _factors(self, role: str, name: str, beside: Tensor) -> tuple[Tensor, Tensor, float] | None:
+        adapter = getattr(self.bundle.sources.get(role), "adapter", None)
+        # Beside a tensor that the adapter holds whole, factors are not all that it changes.
+        if adapter is None or name not in adapter.names or name in adapter.replaced:
+            return None
+        factors = adapter.factors(name)
+        return factors.B.to(beside.device), factors.A.to(beside.device), factors.scale
+
+
+class PlannedModules:
+    """One method's modules, as it sees them while it plans."""
+
+    def __init__(
+        self, part: Part, stream: Stream, scratch: Path, bits: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> None:
+        self._part = part
+        self._stream = stream
+        self._scratch = scratch
+        self._bits = bits
+
+    def __call__(self) -> Generator[Module]:
+        """See `methods.Modules`."""
+        part = self._part
+        for module in self._stream.modules("planning", dict.fromkeys(part.names, part.needs), part.working):
+            yield replace(module, tuned=_rolled_back(module.tuned, module.aligned, self._bits.get(module.name)))
+
+    def rolled_back(self, bits: Mapping[str, Tensor]) -> PlannedModules:
+        """See `methods.Modules`."""
+        from curvkern.checkpoint import EditedView
+
+        part, bundle, progress = self._part, self._stream.bundle, self._stream.progress
+        aligned, tuned, scratch = bundle.sources["aligned"], bundle.sources["tuned"], self._scratch / "again"
+        rmtree(scratch, ignore_errors=True)
+        room = part.recipe.memory_budget
+        if room is not None:
+            room -= self._stream.known.held + sum(packed.nbytes for packed in bits.values())
+        known = gather_statistics(
+            part.recipe.model_copy(update={"statistics": None, "memory_budget": room}),
+            [need for need in part.needs if need.at == "tuned"],
+            part.data,
+            bundle,
+            part.names,
+            scratch=scratch,
+            tuned=EditedView(tuned, bits, lambda name, w: _rolled_back(w, aligned.read(name, w.device), bits[name])),
+            others=self._stream.known.without("tuned"),
+            progress=progress,
+        )
+        return PlannedModules(part, Stream(bundle, known, self._stream.room, progress), self._scratch, bits)
+
+
+def _rolled_back(tuned: Tensor, aligned: Tensor, bits: Tensor | None) -> Tensor:
+    from curvkern.ops import rollback_
+
+    if bits is None:
+        return tuned
+    weight = tuned.clone()
+    rollback_(weight, aligned.to(weight.dtype), mask=bits.to(weight.device))
+    return weight
