@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 #: method -> the parameters tried, its defaults first.
 STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
-    "budgeted": ({}, {"sparsity": 0.0}, {"budget": 0.03}, {"budget": 0.3, "reach": 1.5}),
+    "budgeted": ({}, {"rounds": 1}, {"budget": 0.01}, {"budget": 0.2, "reach": 3.0}),
     "gradient_rollback": ({}, {"steps": 30, "save_every": 1, "max_drop": 0.02}),
     "curvature": ({}, {"tau": 0.03}, {"tau": 0.1}, {"inverse": "ekfac"}),
     "ascent": ({}, {"rho": 0.5}, {"rho": 2.0}),
