@@ -94,7 +94,9 @@ inline bool read(const Wanted& wanted, PyObject* object, DLTensor& out) {
     if (answer != Py_False) return PyErr_Clear(), false;
   }
   if (wanted.api->read(object, &out) != 0) return PyErr_Clear(), false;
-  return out.device.type == kCpu && dtype_code(out) >= 0 && is_dense(out, elements(out));
+  const int64_t n = elements(out);
+  if (!out.data && n > 0) return false;  // zeros without memory, as of forward-mode derivatives
+  return out.device.type == kCpu && dtype_code(out) >= 0 && is_dense(out, n);
 }
 
 inline Wanted wanted_of(const pybind11::capsule& api, const pybind11::tuple& classes, bool recording) {

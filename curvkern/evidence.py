@@ -24,7 +24,7 @@ from curvkern.store import Store, asked_of
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Bundle, Checkpoint, Weights
-    from curvkern.curvature import Statistics
+    from curvkern.curvature import Footprint, Statistics
     from curvkern.evaluate import Example
     from curvkern.methods import Evidence, Method, Need
 
@@ -210,6 +210,7 @@ def gather_statistics(
     tell: Callable[[str], None] = lambda line: None,
     edit: EditAtOnce | None = None,
     again: bool = False,
+    taken: int = 0,
 ) -> ModuleStatistics:
     """Estimate what methods ask for, or find it in the recipe's directory of statistics.
 
@@ -230,6 +231,7 @@ def gather_statistics(
         edit: takes the modules of a layer when the last backward that they need ends, if the model runs layer by layer
             and there is room for that; statistics of that backward are not kept.
         again: leave room for as many statistics of the tuned model once more.
+        taken: bytes of a budget that is given which are in use.
 
     Raises:
         RestoreError: a module is not measured by its model, a directory cannot be made or is too small, or not even a
@@ -244,18 +246,25 @@ def gather_statistics(
         for role in sorted({need.data for need in needs})
     }
     budget = Budget.of(recipe.memory_budget, recipe.device)
+    if budget.given:
+        budget = budget.less(taken)
     store = Store(recipe, names, scratch, tell)
     gathered = others or ModuleStatistics(recipe.device)
     models: dict[str, dict[tuple[str, str], list[Need]]] = defaultdict(lambda: defaultdict(list))
     for need in needs:
         models[need.at][need.data, need.loss].append(need)
     *_, last = (wanted for sets in models.values() for wanted in sets.values())
+    sources: dict[str, Weights] = {at: bundle.sources[at] for at in models} | ({"tuned": tuned} if tuned else {})
+    footprints: dict[str, Footprint] = {}
     for at, sets in models.items():
-        source = tuned if tuned is not None and at == "tuned" else bundle.sources[at]
         asked = [(texts[role], asked_of(wanted)) for (role, _), wanted in sets.items()]
-        needed = footprint(shapes_by_layer(source), source.spec(names[0]).dtype.itemsize, asked, frozenset(names))
-        if again and at == "tuned":
-            needed = replace(needed, statistics=2 * needed.statistics)
+        itemsize = sources[at].spec(names[0]).dtype.itemsize
+        footprints[at] = footprint(shapes_by_layer(sources[at]), itemsize, asked, frozenset(names))
+    once_more = sum(needed.statistics for needed in footprints.values()) if again else 0
+    for at, sets in models.items():
+        source, needed = sources[at], footprints[at]
+        if at == "tuned":
+            needed = replace(needed, statistics=needed.statistics + once_more)
         roles = " and ".join(sorted({role for role, _ in sets}))
         where = place(budget, needed, f"statistics of {roles} data at {at}")
         edited: str | None = None  # data
@@ -280,7 +289,7 @@ def gather_statistics(
             told = where.told(edited, kept=edited is None or len(sets) > 1)
             tell(f"statistics of {roles} data at {at}: {told}; model {size(needed.model)}, {budget}")
         if not where.statistics_in_files:
-            budget = budget.less(needed.statistics)
+            budget = budget.less(footprints[at].statistics)
     return gathered
 
 

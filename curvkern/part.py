@@ -35,6 +35,8 @@ class Part:
         writer: of its output.
         saved: ``"checkpoint"``, ``"adapter"`` or ``"delta"``.
         working: bytes that one of its modules takes, see `evidence.working_set`.
+        bits: bytes of the device that say which weights are rolled back, where the method measures again: those of the
+            model that is measured, and the next ones.
         changes: what happened to a module, by name, in an earlier run too; grows.
     """
 
@@ -83,6 +85,9 @@ class Part:
         options |= {"recipe": _resolved(self.recipe, self.method, score), "data": files}
         self.writer = _writer(self.saved, self.recipe.out, tuned, self.names, options)
         earlier = self.writer.notes
+        weights = sum(math.prod(shapes[name]) for name in self.names)
+        on_device = self.method.measures_again and bundle.device.type == "cpu"
+        self.bits = 2 * weights // 8 if on_device else 0
         self.working = working_set(bundle, self.names, self.method, self.data)
         self.changes: dict[str, ModuleChange] = {name: ModuleChange(**note) for name, note in earlier.items()}
         self._selected = frozenset(self.names)

@@ -196,7 +196,7 @@ def _gather(
     return gather_statistics(
         parts[0].recipe, tuple(needs), data, bundle, names,
         scratch=scratch, progress=progress, tell=tell, edit=edit,
-        again=any(part.method.measures_again for part in parts),
+        again=any(part.method.measures_again for part in parts), taken=sum(part.bits for part in parts),
     )  # fmt: skip
 
 

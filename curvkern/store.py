@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
@@ -127,7 +128,7 @@ class Store:
         if not path.is_file():
             return None
         held = Statistics.open(path)
-        fits = held.choices == choices and held.counts.data == (data,)
+        fits = held.choices == choices and held.counts.data == (data,) and math.isfinite(held.counts.loss)
         if not fits or not self._names <= set(held.sums.get(need.quantity, {})):
             return None
         self._tell(f"{need.quantity} of {need.data} data at {need.at}: from {path}")

@@ -7,7 +7,6 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -85,44 +84,53 @@ class Stream:
 
 
 class PlannedModules:
-    """One method's modules, as it sees them while it plans."""
+    """One method's modules, as it sees them while it plans; see `methods.Modules`."""
 
-    def __init__(
-        self, part: Part, stream: Stream, scratch: Path, bits: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> None:
+    def __init__(self, part: Part, stream: Stream, scratch: Path) -> None:
+        """Of the tuned model.
+
+        Args:
+            part: the method's.
+            stream: with statistics of the tuned model.
+            scratch: directory for others that do not fit into memory.
+        """
         self._part = part
-        self._stream = stream
-        self._scratch = scratch
-        self._bits = bits
+        self._first = self._stream = stream
+        self._scratch = scratch / "again"
+        self._bits: Mapping[str, Tensor] = {}
 
     def __call__(self) -> Generator[Module]:
-        """See `methods.Modules`."""
+        """Stream all once, in file order."""
         part = self._part
         for module in self._stream.modules("planning", dict.fromkeys(part.names, part.needs), part.working):
             yield replace(module, tuned=_rolled_back(module.tuned, module.aligned, self._bits.get(module.name)))
 
     def rolled_back(self, bits: Mapping[str, Tensor]) -> PlannedModules:
-        """See `methods.Modules`."""
+        """Itself, from now on with some weights rolled back; without bits nothing is measured."""
+        self._stream, self._bits = self._first, bits  # lets go of the last statistics
+        rmtree(self._scratch, ignore_errors=True)
+        if bits:
+            first = self._first
+            self._stream = Stream(first.bundle, self._measured(), first.room, first.progress)
+        return self
+
+    def _measured(self) -> ModuleStatistics:
         from curvkern.checkpoint import EditedView
 
-        part, bundle, progress = self._part, self._stream.bundle, self._stream.progress
-        aligned, tuned, scratch = bundle.sources["aligned"], bundle.sources["tuned"], self._scratch / "again"
-        rmtree(scratch, ignore_errors=True)
-        room = part.recipe.memory_budget
-        if room is not None:
-            room -= self._stream.known.held + sum(packed.nbytes for packed in bits.values())
-        known = gather_statistics(
-            part.recipe.model_copy(update={"statistics": None, "memory_budget": room}),
+        part, first, bits = self._part, self._first, self._bits
+        aligned, tuned = first.bundle.sources["aligned"], first.bundle.sources["tuned"]
+        return gather_statistics(
+            part.recipe.model_copy(update={"statistics": None}),
             [need for need in part.needs if need.at == "tuned"],
             part.data,
-            bundle,
+            first.bundle,
             part.names,
-            scratch=scratch,
+            scratch=self._scratch,
             tuned=EditedView(tuned, bits, lambda name, w: _rolled_back(w, aligned.read(name, w.device), bits[name])),
-            others=self._stream.known.without("tuned"),
-            progress=progress,
+            others=first.known.without("tuned"),
+            progress=first.progress,
+            taken=first.known.held + part.bits,
         )
-        return PlannedModules(part, Stream(bundle, known, self._stream.room, progress), self._scratch, bits)
 
 
 def _rolled_back(tuned: Tensor, aligned: Tensor, bits: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 from array import array
 from collections.abc import Sequence
 from enum import Enum
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import torch
@@ -96,10 +96,11 @@ def pair_table(xs: Sequence[Tensor], ys: Sequence[Tensor] | None) -> Any:
     """The table of csrc/launch.h for lists of tensors that pair up, each alone without ``ys``; they must outlive it.
 
     Returns:
-        ``address``, ``tensors``, ``chunks``; or None, where a tensor is not plain, contiguous, on the CPU and float32,
+        ``address``, ``tensors``, ``chunks``; or None, where these are no lists or tuples (others may make their tensors
+        when they are asked for them, and keep none), a tensor is not plain, contiguous, on the CPU and float32,
         float16 or bfloat16, the lists do not pair up, a gradient would be recorded, or torch is too old to be asked.
     """
-    if native is None or not _readable:
+    if native is None or not _readable or type(xs) not in (list, tuple) or type(ys) not in (list, tuple, NoneType):
         return None
     both = [xs if type(xs) is list else list(xs), ys if type(ys) is list else list(ys or ())]
     return native.pair_table(_exchange, _plain, torch.is_grad_enabled(), *both, ys is not None)

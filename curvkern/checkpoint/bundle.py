@@ -24,6 +24,7 @@ class Bundle:
         sources: Role to checkpoint; the bundle does not close them.
         names: The tensors that all of them have, in the file order of "tuned" (of the first, where
             no role is called so).
+        device: Where the tensors go.
         skipped: Tensors left out of `names`, with the reason (buffers; a head that one side ties).
     """
 
@@ -54,7 +55,7 @@ class Bundle:
         order = self.sources.get("tuned", next(iter(self.sources.values())))
         self.names = tuple(name for name in order.names if name not in self.skipped)
         self._max_bytes = max_bytes
-        self._device = device
+        self.device = torch.device(device)
 
     def nbytes(self, name: str) -> int:
         """Return the size of ``name`` in all checkpoints together."""
@@ -62,7 +63,7 @@ class Bundle:
 
     def read(self, name: str) -> Tensors:
         """Read ``name`` from every checkpoint, each in its own dtype."""
-        return {role: source.read(name, self._device) for role, source in self.sources.items()}
+        return {role: source.read(name, self.device) for role, source in self.sources.items()}
 
     def stream(
         self, names: Iterable[str] | None = None, max_bytes: int | None = None

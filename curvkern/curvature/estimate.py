@@ -167,7 +167,7 @@ def estimate(
             sweeps=bool(gathered) + ("ekfac" in wanted) + ("hessian_diag" in wanted),
         )  # fmt: skip
         rows = range(start - begin, end - begin)
-        early = keeper if ranks.count == 1 and "ekfac" not in wanted else None
+        early = keeper if ranks.count == 1 and not {"ekfac", "hessian_diag"} & set(wanted) else None
         with _running(model, job, layerwise, device, spill, early) as run:
             choices = replace(choices, dtype=str(run.dtype).removeprefix("torch."))
             if resume is not None and not isinstance(run, ByLayer):

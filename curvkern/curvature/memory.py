@@ -114,7 +114,7 @@ class Footprint:
         layer: the weights of the largest decoder layer.
         statistics: what is estimated, of all modules.
         layer_statistics: of these, what has to be in memory when they go to files layer by layer, one set after the
-            other: a layer's; of EK-FAC, which looks at the data twice, all.
+            other: a layer's; of EK-FAC, which looks at the data twice, and of a Hessian all.
         activations: what a forward of the largest batch keeps for its backward.
         layer_activations: of these, what the largest layer or the head keeps.
         hidden: hidden states between layers, of all batches.
@@ -165,7 +165,10 @@ def footprint(
         ]
         for texts, wanted in sets
     ]
-    at_once = [sum(of) if "ekfac" in wanted else max(of) for of, (_, wanted) in zip(statistics, sets, strict=True)]
+    at_once = [
+        sum(of) if {"ekfac", "hessian_diag"} & set(wanted) else max(of)
+        for of, (_, wanted) in zip(statistics, sets, strict=True)
+    ]
     table = max((shape for shape in layers.get(None, {}).values() if len(shape) == 2), key=math.prod, default=(0, 0))
     widths = [[batch.ids.numel() for batch in batches(texts, batch_tokens, "meta")] for texts, _ in sets]
     widest = max(max(of) for of in widths)

@@ -20,10 +20,10 @@ TASK_GRADIENT = Need("gradient", "task", loss="token_sum")
 TASK_FISHER = Need("fisher_diag", "task", loss="token_sum")
 #: Of the smallest statistic there is, of which the loss alone is looked at.
 ALIGNED_LOSS = Need("sample_norms", "safety", at="aligned", loss="token_sum")
-TASK_GRAM = Need("input_gram", "task")
+TASK_GRAM = Need("input_gram", "task", loss="token_sum")  # the same for any loss: of the same backward
 
-POINTS = 16  # parts that a sweep cuts the range of prices into
-PIECE = {"cpu": 1 << 14}  # weights that are looked at together: what a core's cache holds for all prices
+POINTS = 4  # parts that a sweep cuts the range of prices into
+PIECE = {"cpu": 1 << 14, "cuda": 1 << 20}  # weights that are looked at together; on the CPU as many as a cache holds
 ENOUGH = 0.01  # of a limit, or of the way: close enough
 
 
@@ -49,15 +49,16 @@ class Budgeted(Method):
     ``interactions="ignored"`` takes :math:`C_t = F_t d^2` and its sum for the square in T: right for one weight, far
     too low for many that pull together.
 
-    T and -S fall as :math:`\lambda` rises. One :math:`\lambda = p / (1 - p)` is found for which T equals what is left
-    of ``budget``, every sweep over the modules narrowing p to a sixteenth; or a larger one, where -S would exceed
-    ``reach`` times what the loss of safe responses still is above the aligned model's. At p = 1 T is at most 0, so that
-    every budget can be kept; where no limit is reached, p = 0: safety alone.
+    By and large T and -S fall as :math:`\lambda` rises. A :math:`\lambda = p / (1 - p)` is found for which T is close
+    below what is left of ``budget``, every sweep over the modules narrowing p to a quarter; or a larger one, where -S
+    would exceed ``reach`` times what the loss of safe responses still is above the aligned model's. At p = 1 T is at
+    most 0, so that every budget can be kept; where no limit is reached, p = 0: safety alone.
 
     S and T are right near the weights that they were measured at, and fine-tuning went far. So losses, gradients and
     Fishers are measured again after a step, and the next one is taken from there, up to ``rounds`` steps: until all but
     a hundredth of the way to the aligned model's loss is gone, or the task loss has risen by the budget. A step after
-    which it has risen by more is taken back and tried at half the limits. The last step alone is not measured.
+    which it has risen by more, or the model is no safer, is taken back and tried at half the limits. Only the last step
+    is not measured.
 
     Losses are sums over a response's tokens, whose mean square gradient approximates their Hessian's diagonal; so the
     unit is nats per response. ``hard`` resets whole weights, bit for bit: the best :math:`\alpha \in \{0, 1\}`, the
@@ -107,16 +108,16 @@ class Budgeted(Method):
             if to_go <= ENOUGH * (start.safety - start.goal) or rise >= (1 - ENOUGH) * self.budget > 0:
                 break
             limits = Limits(trust * (self.budget - rise), trust * self.reach * to_go)
-            tried = self._step(modules, now, limits, bits, tell)
-            if left == 0:
+            tried, new = self._step(modules, now, limits, bits, tell)
+            if left == 0 or not new:
                 return Plan(bits=tried)
             modules = modules.rolled_back(tried)
             then = self._measured(modules)
             tell(f"  measured: safety loss {then.safety:.4g}, task loss {then.task - start.task:+.4g}")
-            if then.task - start.task <= self.budget:
+            if then.task - start.task <= self.budget and then.safety < now.safety:
                 bits, now = tried, then
             else:
-                tell("  beyond the budget: taken back")
+                tell("  beyond the budget, or no safer: taken back")
                 modules, trust = modules.rolled_back(bits), trust / 2
         return Plan(bits=bits)
 
@@ -176,15 +177,17 @@ class Budgeted(Method):
         limits: Limits,
         bits: Mapping[str, Tensor],
         tell: Callable[[str], None],
-    ) -> dict[str, Tensor]:
-        """The weights that are rolled back so far, and those that the limits allow in addition; packed."""
+    ) -> tuple[dict[str, Tensor], int]:
+        """The weights that are rolled back so far and those that the limits allow in addition, packed; how many."""
         price = self._price(modules, costs, limits, tell)
-        found = dict(bits)
+        found, new = dict(bits), 0
         for module in modules():
             share = terms_of(module, costs.scale, costs.extra).share(price, hard=True)
-            chosen = pack_mask((share > 0) & (module.tuned != module.aligned))
-            found[module.name] = found[module.name] | chosen if module.name in found else chosen
-        return found
+            chosen = (share > 0) & (module.tuned != module.aligned)
+            new += int(chosen.sum())
+            packed = pack_mask(chosen).cpu()
+            found[module.name] = found[module.name] | packed if module.name in found else packed
+        return found, new
 
     def _outcomes(self, modules: Modules, costs: Measured, prices: Sequence[float]) -> list[Outcome]:
         """What each price leads to, over all modules; one sweep."""
@@ -262,7 +265,7 @@ class Outcome:
     def close(self, limits: Limits) -> bool:
         """Whether it keeps both, and one of them hardly."""
         task, safety = limits.task - self.task, limits.safety + self.safety
-        return 0 <= task <= ENOUGH * limits.task or 0 <= safety <= ENOUGH * limits.safety
+        return any(0 <= left <= ENOUGH * of for left, of in ((task, limits.task), (safety, limits.safety)) if of > 0)
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,7 @@ class Terms:
     def pieces(self) -> Iterator[Terms]:
         """The same of a few weights at a time."""
         parts = (self.safety_fall, self.safety_curve, self.task_fall, self.task_curve, self.task_pull)
-        size = PIECE.get(self.task_pull.device.type, 1 << 22)
+        size = PIECE.get(self.task_pull.device.type, 1 << 20)
         for a, b, c, d, e in zip(*(x.flatten().split(size) for x in parts), strict=True):
             yield Terms(a, b, c, d, e, self.extra)
 

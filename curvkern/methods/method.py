@@ -103,10 +103,11 @@ class Modules(Protocol):
     def rolled_back(self, bits: Mapping[str, Tensor]) -> Modules:
         """The modules of the tuned model with some weights rolled back, and statistics at that model, measured anew.
 
-        Statistics of the last such call are gone.
+        The last ones are gone.
 
         Args:
-            bits: which weights of a module are the aligned model's, packed, see `curvkern.ops.rollback_`; by name.
+            bits: which weights of a module are the aligned model's, packed, on the CPU, see `curvkern.ops.rollback_`;
+                by name. Without any these are the tuned model's, as at first.
         """
         ...
 

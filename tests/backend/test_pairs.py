@@ -52,6 +52,32 @@ def test_bits_are_those_of_the_registered_ops(monkeypatch):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+class Made:
+    """Tensors that are made when they are asked for."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+
+    def __len__(self):
+        return len(self.tensors)
+
+    def __getitem__(self, at):
+        return self.tensors[at] * 2 + 1
+
+
+def test_tensors_that_nobody_else_holds_live_as_long_as_the_call():
+    left = [torch.randn(50000) for _ in range(8)]
+    expected = [tensor * 2 + 1 for tensor in left]
+    assert launch.pair_table(Made(left), None) is None
+    curvkern.axpby_list_(left, 1.0, Made([tensor.clone() for tensor in left]), 0.0)
+    assert all(torch.equal(one, other) for one, other in zip(left, expected, strict=True))
+
+
+def test_zeros_without_memory_are_left_to_torch():
+    assert launch.pair_table([torch._efficientzerotensor(8)], None) is None
+    assert curvkern.norm_list([torch._efficientzerotensor(8)]) == 0
+
+
 def test_a_list_edited_directly_bumps_versions():
     left, right = lists()
     versions = [tensor._version for tensor in left]

@@ -1,5 +1,7 @@
 """Shares and sums against brute force and a plain derivation in float64; the budget; the steps; the whole pass."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from modules import made_module, made_modules
 
 import curvkern
+from curvkern import stream
 from curvkern.checkpoint import Checkpoint
 from curvkern.curvature import estimate, from_answer
 from curvkern.evaluate import load, read_jsonl
@@ -258,6 +261,30 @@ def test_a_step_beyond_the_budget_is_taken_back_and_tried_at_half(modules):
     assert "taken back" in " ".join(lines)
 
 
+def test_a_step_that_makes_the_model_less_safe_is_taken_back(modules):
+    given = Given(modules, (8.0, 0.0), (20.0, 0.1), (8.0, 0.0), (6.0, 0.0))
+    method = make("budgeted", {"budget": 0.5, "rounds": 3, "reach": 0.5})
+    plan = method.plan(given, None, [].append)
+    assert [bool(bits) for bits in given.asked] == [True, False, True]
+    kept = given.asked[2]
+    assert all(torch.equal(plan.bits[name] & kept[name], kept[name]) for name in kept)
+
+
+def test_what_is_free_goes_without_a_budget_and_no_step_is_measured_twice(modules):
+    """The first weight costs something; the second gains little and costs nothing."""
+    ones = torch.ones(1, 1000)
+    found = {need: torch.zeros(1, 1000) for need in make("budgeted", {}).statistics()}
+    found[SAFETY_GRADIENT][0, :2] = torch.tensor([5.0, 0.1])
+    found[TASK_GRADIENT][0] = -1
+    found[TASK_GRADIENT][0, :2] = torch.tensor([2.0, -50.0])
+    found[TASK_FISHER] += 1e-9
+    m = Module(modules[0].name, 0, "up_proj", ones, 0 * ones, statistics=found)
+    given = Given([m], (8.0, 0.0), (7.0, 0.0))
+    plan = make("budgeted", {"budget": 0.0}).plan(given, None, [].append)
+    assert unpack_mask(plan.bits[m.name], m.tuned.shape)[0].nonzero().flatten().tolist() == [0]
+    assert len(given.asked) == 1
+
+
 @pytest.mark.parametrize("after", [(0.07, 0.1), (3.0, 0.499)])
 def test_it_ends_where_the_way_is_gone_or_the_budget_used(modules, after):
     given = Given(modules, (8.0, 0.0), after)
@@ -328,3 +355,20 @@ def test_end_to_end_steps_are_restorations_of_what_the_last_one_left(family, tmp
         assert all(torch.equal(two.read(name), second.read(name)) for name in two.names)
         first = Checkpoint.open(tmp_path / "first")
         assert any(not torch.equal(two.read(name), first.read(name)) for name in two.names)
+
+
+def test_statistics_of_a_step_are_gone_before_the_next_ones_are_measured(family, tmp_path, monkeypatch):
+    gather, made = stream.gather_statistics, []
+
+    def gathered(*arguments, **options):
+        gc.collect()
+        assert all(found() is None for found in made)
+        found = gather(*arguments, **options)
+        made.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(stream, "gather_statistics", gathered)
+    data = {"safety": family / "task.jsonl", "task": family / "harmful.jsonl"}
+    options = {"method": "budgeted", "out": tmp_path / "out", "reach": 0.3, "rounds": 4, "budget": 5}
+    curvkern.restore(family / "aligned", family / "tuned", **options, **data)
+    assert len(made) >= 2
