@@ -22,12 +22,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+#: What mergekit calls it, its parameters for each model and for all, and ours.
 KINDS = {
-    "linear": ("linear", {"weight": 0.5}, {"normalize": False}, {"weight": 0.5}),
-    "slerp": ("slerp", {}, {"t": 0.5}, {"weight": 0.5}),
-    "ties": ("ties", {"weight": 1.0, "density": 0.3}, {}, {"weight": 0.0, "density": 0.3}),
-    "dare": ("dare_linear", {"weight": 1.0, "density": 0.5}, {}, {"weight": 0.0, "density": 0.5, "rescale": "l1"}),
-}
+    "linear": ("linear", {"weight": 0.5}, {"normalize": False}, {"kind": "linear", "weight": 0.5}),
+    "task arithmetic": ("task_arithmetic", {"weight": 0.5}, {}, {"kind": "linear", "weight": 0.5}),
+    "slerp": ("slerp", {}, {"t": 0.5}, {"kind": "slerp", "weight": 0.5}),
+    "ties": ("ties", {"weight": 1.0, "density": 0.3}, {}, {"kind": "ties", "weight": 0.0, "density": 0.3}),
+    "dare": (
+        "dare_linear", {"weight": 1.0, "density": 0.5}, {},
+        {"kind": "dare", "weight": 0.0, "density": 0.5, "rescale": "l1"},
+    ),
+}  # fmt: skip
 
 
 def make_models(root, millions):
@@ -61,7 +66,7 @@ def curvkern(root, kind, out):
     """The command, without its bar."""
     from curvkern.restore import restore
 
-    restore(root / "aligned", root / "tuned", out=out, method="merge", kind=kind, overwrite=True, **KINDS[kind][3])
+    restore(root / "aligned", root / "tuned", out=out, method="merge", overwrite=True, **KINDS[kind][3])
 
 
 def mergekit(root, kind, out):
