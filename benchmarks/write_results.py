@@ -21,21 +21,34 @@ COLUMNS = {**RATES, "changed": "weights changed"}
 
 def write(trials, docs=DOCS):
     """Replace the blocks of results.md and of every method's page."""
-    rows = rows_of(trials, together=True)
-    (tuned,) = (row for row in rows if row.name == "tuned")
-    methods = [row for row in rows if row is not tuned]
-    defaults = sorted((row for row in methods if row.name == row.method), key=order)
-    chosen = sorted(best(methods), key=order)
+    rows, same = rows_of(trials, together=True), rows_of(on_same_models(trials), together=True)
+    defaults = sorted((row for row in rows if row.name == row.method and row.name != "tuned"), key=order)
+    chosen = sorted(best([row for row in same if row.name != "tuned"]), key=order)
     fill(
         docs / "results.md",
         models=models(trials),
-        defaults=table("method", {row.name: row for row in (*defaults, tuned)}),
-        best=table("method, strength", {row.name: row for row in (*chosen, tuned)}),
-        front=front_table(rows),
+        defaults=table("method", {row.name: row for row in (*defaults, named(rows, "tuned"))}),
+        best=table("method, strength", {row.name: row for row in (*chosen, named(same, "tuned"))}),
+        front=front_table(same),
         missed=missed(trials, *(row.name for row in defaults[:2])),
     )
     for method in REGISTRY:
-        fill(docs / "methods" / f"{method}.md", row=of_method(method, methods, tuned))
+        fill(docs / "methods" / f"{method}.md", row=of_method(method, rows, same))
+
+
+def named(rows, name):
+    (found,) = (row for row in rows if row.name == name)
+    return found
+
+
+def on_same_models(trials):
+    """The trials on models on which every strength was tried, and the aligned models."""
+    tried = {}
+    for t in trials:
+        if t.kind != "aligned":
+            tried.setdefault(t.name, set()).add((t.seed, t.poison, t.kind))
+    models = set.intersection(*tried.values())
+    return [t for t in trials if t.kind == "aligned" or (t.seed, t.poison, t.kind) in models]
 
 
 def order(row):
@@ -86,8 +99,7 @@ def models(trials):
 
 def front_table(rows):
     """All methods and strengths, by harmful rate; in bold those that no other beats in it and in the task."""
-    most = max(row.trials for row in rows)
-    on_front = front([row for row in rows if 2 * row.trials >= most])
+    on_front = front(rows)
     lines = heads("method, strength", "harmful", "task", "over-refusal", "models")
     for row in sorted(rows, key=lambda row: (row.spread["harmful"][0], -row.spread["task"][0])):
         name = f"**{row.name}**" if row in on_front else row.name
@@ -103,15 +115,15 @@ def missed(trials, first, second):
     other = {(t.seed, t.poison, t.kind): t for t in trials if t.name == second}
     both = found.keys() & other.keys()
     fewer = sum(found[key].changed < other[key].changed for key in both)
-    lines = [
-        f"`{first}` changes fewer weights than `{second}` on {fewer} of {len(both)} models. It misses the target on:"
-    ]
-    lines += ["", *heads("seed, forbidden answers, tuned", f"{first}: harmful / over-refusal / task", second)]
-    for key, trial in sorted(found.items()):
-        if not whole(trial):
-            seed, poison, kind = key
-            rates = rates_of(other[key]) if key in other else ""
-            lines.append(line(f"{seed}, {100 * poison:g} %, {kind}", rates_of(trial), rates))
+    told = f"`{first}` changes fewer weights than `{second}` on {fewer} of {len(both)} models. It misses the target on"
+    missing = {key: trial for key, trial in sorted(found.items()) if not whole(trial)}
+    if not missing:
+        return [f"{told} none of {len(found)}."]
+    lines = [f"{told}:", "", *heads("seed, forbidden answers, tuned", f"{first}: {' / '.join(RATES.values())}", second)]
+    for key, trial in missing.items():
+        seed, poison, kind = key
+        rates = rates_of(other[key]) if key in other else ""
+        lines.append(line(f"{seed}, {100 * poison:g} %, {kind}", rates_of(trial), rates))
     return lines
 
 
@@ -119,20 +131,15 @@ def rates_of(trial):
     return " / ".join(f"{100 * getattr(trial, name):.3g}" for name in RATES)
 
 
-def of_method(method, rows, tuned):
-    """A method's defaults and its best strength, beside the tuned model."""
-    own = {row.name: row for row in rows if row.method == method}
-    if not own:
+def of_method(method, rows, same):
+    """The tuned models and what the defaults made of them; the best of several strengths, where all were tried."""
+    if method not in {row.method for row in rows}:
         return ["Not among what the demo restored last."]
-    shown = {"the tuned model": tuned}
-    if method in own:
-        shown["defaults"] = own.pop(method)
-    if own:
-        (top,) = best([row for row in rows if row.method == method])
-        if top.name in own:
-            shown[f"best of {len(own) + 1}: {top.name.removeprefix(method).strip()}"] = top
-        else:
-            shown[f"defaults, the best of {len(own) + 1} tried"] = shown.pop("defaults")
+    shown = {"the tuned model": named(rows, "tuned"), "defaults": named(rows, method)}
+    own = [row for row in same if row.method == method]
+    if len(own) > 1:
+        (top,) = best(own)
+        shown[f"best of {len(own)}: {top.name.removeprefix(method).strip() or 'defaults'}"] = top
     return table("", shown)
 
 

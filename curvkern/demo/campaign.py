@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
     "budgeted": ({}, {"rounds": 1}, {"budget": 0.01}, {"budget": 0.2, "reach": 3.0}),
     "gradient_rollback": ({}, {"steps": 30, "save_every": 1, "max_drop": 0.02}),
-    "curvature": ({}, {"tau": 0.03}, {"tau": 0.1}, {"inverse": "ekfac"}),
+    "curvature": ({}, {"rise": 10.0}, {"rise": 3.0}, {"inverse": "ekfac"}),
     "ascent": ({}, {"rho": 0.5}, {"rho": 2.0}),
     "rewind": ({}, {"safety_fraction": 0.3}, {"by": "wanda"}, {"by": "actsvd"}),
     "antidote": ({}, {"fraction": 0.3}, {"fraction": 0.5}),
