@@ -22,6 +22,8 @@ from pathlib import Path
 import torch
 
 SIZES = {"tiny": (64, 2, 256), "1gb": (1536, 17, 8192)}  # hidden size, layers, words
+#: Other than the defaults: random updates take the few answers that the search is not to lose.
+PARAMETERS = {"gradient_rollback": {"max_drop": 0.9, "steps": 5, "save_every": 1}}
 ROWS, PROMPT, ANSWER = 4, 48, 16  # of each set; tokens of a prompt; of an answer at most
 IMPORTS = "matplotlib.pyplot", "transformers.models.llama.modeling_llama", "curvkern.curvature", "curvkern.evaluate"
 COLUMNS = {
@@ -139,7 +141,7 @@ def run_here(root, method, kind, out):
     from curvkern.restore import restore
 
     given = {name: root / name for name in ("base", "unaligned", "safety_adapter")}
-    given |= {name: root / f"{name}.jsonl" for name in ("harmful", "safety")}
+    given |= {name: root / f"{name}.jsonl" for name in ("harmful", "safety")} | PARAMETERS.get(method, {})
     before, start, cpu = peak(), time.perf_counter(), time.process_time()
     report = restore(root / "aligned", root / kind, task=root / f"task-{kind}.jsonl", method=method, out=out, **given)
     longest = max(report.stages, key=lambda stage: stage.seconds)
