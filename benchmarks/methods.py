@@ -11,7 +11,6 @@ are of all threads, and hardly depend on what else the machine does.
 import argparse
 import csv
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -138,26 +137,22 @@ def run_here(root, method, kind, out):
     """Restore in this process, which is a fresh one; what to say of it."""
     for name in IMPORTS:
         import_module(name)  # before memory is measured
+    from curvkern.report.record import resident_memory
     from curvkern.restore import restore
 
     given = {name: root / name for name in ("base", "unaligned", "safety_adapter")}
     given |= {name: root / f"{name}.jsonl" for name in ("harmful", "safety")} | PARAMETERS.get(method, {})
-    before, start, cpu = peak(), time.perf_counter(), time.process_time()
+    before, start, cpu = resident_memory(), time.perf_counter(), time.process_time()
     report = restore(root / "aligned", root / kind, task=root / f"task-{kind}.jsonl", method=method, out=out, **given)
     longest = max(report.stages, key=lambda stage: stage.seconds)
     return {
         "seconds": f"{time.perf_counter() - start:.1f}",
         "cpu": f"{time.process_time() - cpu:.1f}",
-        "peak_mib": f"{(peak() - before) / 1024:.0f}",
+        "peak_mib": f"{(report.peak_memory - before) / 2**20:.0f}",
         "longest": f"{longest.name} {longest.seconds:.1f}",
         "changed_percent": f"{100 * report.changed / report.weights:.2f}",
         "saved": report.saved,
     }
-
-
-def peak():
-    """KiB that this process has held at most; getrusage counts the parent too."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def measured(root, method, kind):
