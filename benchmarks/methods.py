@@ -2,10 +2,10 @@
 
 python benchmarks/methods.py --out DIR [--size 1gb] [--methods lox,merge] [--kinds full,lora] [--page]
 
-Each run is a process of its own that calls `curvkern.restore` with the method's defaults. Weights and updates are
-random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each method and
-kind, so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads; CPU seconds
-are of all threads, and hardly depend on what else the machine does.
+Each run is a process of its own that calls `curvkern.restore` with the method's defaults, but for `PARAMETERS`. Weights
+and updates are random, so what is restored means nothing; what it takes does. `methods.csv` in DIR keeps a row for each
+method and kind, so that the table grows from run to run; models are made once. OMP_NUM_THREADS says how many threads;
+CPU seconds are of all threads, and hardly depend on what else the machine does.
 """
 
 import argparse

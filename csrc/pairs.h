@@ -51,6 +51,7 @@ struct Wanted {
   const ExchangeApi* api;
   PyObject *tensor, *parameter;  // the classes; a subclass may mean anything
   PyObject* requires_grad;       // the name, or null where gradients are not recorded
+  PyObject* is_neg;              // the name: a view whose sign is still to be turned has the memory of what it views
 };
 
 inline int64_t dtype_code(const DLTensor& t) {
@@ -68,14 +69,19 @@ inline int64_t elements(const DLTensor& t) {
   return n;
 }
 
-// Row-major without gaps. Of a single number it is not said: it may be a view whose sign is still to be turned.
+// Row-major without gaps.
 inline bool is_dense(const DLTensor& t, int64_t n) {
   int64_t stride = 1;
   for (int32_t d = t.ndim - 1; d >= 0; --d) {
     if (t.shape[d] != 1 && t.strides[d] != stride) return n == 0;
     stride *= t.shape[d];
   }
-  return n != 1;
+  return true;
+}
+
+inline bool answers_false(PyObject* answer) {
+  Py_XDECREF(answer);  // True and False outlive it
+  return answer == Py_False;
 }
 
 inline bool same_shape(const DLTensor& a, const DLTensor& b) {
@@ -88,11 +94,9 @@ inline bool same_shape(const DLTensor& a, const DLTensor& b) {
 inline bool read(const Wanted& wanted, PyObject* object, DLTensor& out) {
   PyObject* kind = reinterpret_cast<PyObject*>(Py_TYPE(object));
   if (kind != wanted.tensor && kind != wanted.parameter) return false;
-  if (wanted.requires_grad) {
-    PyObject* answer = PyObject_GetAttr(object, wanted.requires_grad);
-    Py_XDECREF(answer);  // True and False outlive it
-    if (answer != Py_False) return PyErr_Clear(), false;
-  }
+  if (wanted.requires_grad && !answers_false(PyObject_GetAttr(object, wanted.requires_grad)))
+    return PyErr_Clear(), false;
+  if (!answers_false(PyObject_CallMethodNoArgs(object, wanted.is_neg))) return PyErr_Clear(), false;
   if (wanted.api->read(object, &out) != 0) return PyErr_Clear(), false;
   const int64_t n = elements(out);
   if (!out.data && n > 0) return false;  // zeros without memory, as of forward-mode derivatives
@@ -101,11 +105,12 @@ inline bool read(const Wanted& wanted, PyObject* object, DLTensor& out) {
 
 inline Wanted wanted_of(const pybind11::capsule& api, const pybind11::tuple& classes, bool recording) {
   static PyObject* const name = PyUnicode_InternFromString("requires_grad");
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
   const auto* found = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(api.ptr(), "dlpack_exchange_api"));
   if (!found) throw pybind11::error_already_set();
   while (found && found->version.major != kVersion) found = found->previous;
   if (found && !found->read) found = nullptr;
-  return {found, classes[0].ptr(), classes[1].ptr(), recording ? name : nullptr};
+  return {found, classes[0].ptr(), classes[1].ptr(), recording ? name : nullptr, is_neg};
 }
 
 // The table, or None unless all are plain dense tensors in memory, float32 or of 16 bits, which pair up; without ys

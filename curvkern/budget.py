@@ -191,6 +191,7 @@ def _put(model: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
         if name not in state:
             raise RestoreError(
                 f"restore: the checkpoint's {name} is no parameter of {type(model).__name__}: this transformers holds "
-                "it in another form, so that an adapter on it cannot be run. Merge it into a checkpoint."
+                "it in another form, so that the model cannot be run with another weight. Merge an adapter into a "
+                "checkpoint; leave modules out with exclude=... (--exclude)."
             )
         state[name].copy_(tensor)

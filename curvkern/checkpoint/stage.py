@@ -7,10 +7,12 @@ import fcntl
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from types import TracebackType
+from typing import Any, TypeVar, cast
 
 from curvkern.checkpoint.card import as_json
 from curvkern.checkpoint.error import CheckpointError, listed
@@ -20,6 +22,7 @@ from curvkern.checkpoint.locate import TEMPLATES, expected
 RECORD = "curvkern.json"
 # Lies in the directory while it is unfinished: a finished output that is itself called *.partial has none.
 STATE = "curvkern.unfinished.json"
+W = TypeVar("W", bound="Output")
 _SIGNED = ("recipe", "inputs", "output", "software")
 
 
@@ -55,6 +58,36 @@ def check_target(out: str | Path, roots: Iterable[Path], *, overwrite: bool) -> 
             f"it back to {target} or delete it"
         )
     return target
+
+
+class Output(ABC):
+    """A directory that is finished, or not there at all once its writer's context is left.
+
+    Attributes:
+        target: the directory.
+    """
+
+    target: Path
+    _finished = False
+
+    @abstractmethod
+    def abort(self) -> None:
+        """Give up: what was at the target stays."""
+
+    def __enter__(self: W) -> W:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._finished:
+            return
+        self.abort()
+        if exception is None:
+            raise CheckpointError(f"{self.target}: the writer was left before finish(): no output")
 
 
 class Stage:

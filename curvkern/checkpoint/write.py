@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from curvkern.checkpoint.flush import Flush
 from curvkern.checkpoint.format import TensorSpec, tensor_bytes
 from curvkern.checkpoint.layout import Layout
 from curvkern.checkpoint.locate import read_json, source_name
-from curvkern.checkpoint.stage import RECORD, STATE, Stage, check_target
+from curvkern.checkpoint.stage import RECORD, STATE, Output, Stage, check_target
 from curvkern.trace import span
 
 _INDEX = "model.safetensors.index.json"
@@ -32,7 +31,7 @@ _INDEX = "model.safetensors.index.json"
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
-class Writer:
+class Writer(Output):
     """Writes a checkpoint tensor by tensor, in any order, laid out like another one.
 
     Headers and offsets are fixed before any data exists, so a tensor goes straight to its place and
@@ -94,7 +93,6 @@ class Writer:
         self._flush = Flush()
         self._pool = ThreadPoolExecutor(1, "curvkern-write")
         self._ahead: Future[None] | None = None
-        self._finished = False
         with self._disk("making the output directory"):
             self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
         self._left = {f: set[str]() for f in self._layout.heads if f not in self._stage.complete}
@@ -222,21 +220,6 @@ class Writer:
             self._stage.release()
         else:
             self._stage.discard()
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._finished:
-            return
-        self.abort()
-        if exception is None:
-            raise CheckpointError(f"{self.target}: the writer was left before finish(): no output")
 
     def _reserve(self) -> None:
         """Check the free space, then take it and write the headers."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from curvkern.checkpoint.fingerprint import fingerprint
 from curvkern.checkpoint.format import plan_file, tensor_bytes
 from curvkern.checkpoint.locate import source_name
 from curvkern.checkpoint.read import Checkpoint
-from curvkern.checkpoint.stage import RECORD, Stage, check_target
+from curvkern.checkpoint.stage import RECORD, Output, Stage, check_target
 
 # More than any tensor has: the header planned with it has room for every header of the same names.
 _NUMEL = 1 << 40
 
 
-class DeltaWriter:
+class DeltaWriter(Output):
     """Writes what changed, tensor by tensor; what is not written has not changed.
 
     How large the file becomes shows only as it grows, so room is kept for its header, which comes last. Safety is
@@ -78,7 +77,6 @@ class DeltaWriter:
         self._names = frozenset(names)
         widest = [(name + part, torch.int64, (_NUMEL,)) for name in names for part in (BITS, WHERE)]
         self._room = len(plan_file(DELTA, widest, {})[0])
-        self._finished = False
         with on_disk(self.target, "making the output directory"):
             self._stage = Stage(self.target, self._signature, overwrite=overwrite, resume=resume)
             self._file = (self._stage.directory / DELTA).open("wb")
@@ -157,18 +155,3 @@ class DeltaWriter:
         """Give up: ``OUT`` stays as it was."""
         self._file.close()
         self._stage.release() if self._resume else self._stage.discard()
-
-    def __enter__(self) -> DeltaWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._finished:
-            return
-        self.abort()
-        if exception is None:
-            raise CheckpointError(f"{self.target}: the writer was left before finish(): no output")

@@ -103,13 +103,21 @@ def test_what_is_not_plain_is_not_read(odd):
     assert launch.pair_table([plain, plain], [plain, odd]) is None
 
 
-def test_subclasses_single_numbers_and_lists_of_two_lengths_are_not_read():
+def test_views_whose_sign_is_still_to_be_turned_are_left_to_torch():
+    for view in (torch._neg_view(torch.ones(8)), torch.complex(torch.ones(1), torch.ones(1)).conj().imag):
+        assert view.is_neg()
+        assert launch.pair_table([view], None) is None
+        edited = torch.zeros(len(view))
+        curvkern.axpby_list_([edited], 1.0, [view], 0.0)
+        assert torch.equal(edited, torch.full_like(edited, -1))
+
+
+def test_subclasses_and_lists_of_two_lengths_are_not_read():
     class Own(torch.Tensor):
         pass
 
     plain = torch.zeros(3)
     assert launch.pair_table([plain.as_subclass(Own)], None) is None
-    assert launch.pair_table([torch.zeros(1)], None) is None
     assert launch.pair_table([plain], [plain, plain]) is None
     assert launch.pair_table(["text"], None) is None
 

@@ -271,7 +271,7 @@ def test_a_step_that_makes_the_model_less_safe_is_taken_back(modules):
 
 
 def test_what_is_free_goes_without_a_budget_and_no_step_is_measured_twice(modules):
-    """The first weight costs something; the second gains little and costs nothing."""
+    """The first weight is good for both losses; the second costs the task far more than it is worth."""
     ones = torch.ones(1, 1000)
     found = {need: torch.zeros(1, 1000) for need in make("budgeted", {}).statistics()}
     found[SAFETY_GRADIENT][0, :2] = torch.tensor([5.0, 0.1])
