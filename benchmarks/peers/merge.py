@@ -1,10 +1,11 @@
 """Merging checkpoints: `curvkern restore --method merge` beside mergekit and beside reading and writing the bytes.
 
-python benchmarks/peers/merge.py [millions of weights] [rounds]
+python benchmarks/peers/merge.py [millions of weights] [rounds] [directory]
 
 Every way is a process of its own, in turn with the others, from start to end: imports, reading, merging, writing.
 curvkern merges the linear modules of the decoder and compares every module with both inputs for its report; mergekit
-merges all tensors. Where both do the same, their results must agree.
+merges all tensors. Where both do the same, their results must agree. curvkern's output and the copy are on the disk when
+the clock stops, mergekit's may still wait in the system's memory; in a directory in memory (/dev/shm) no disk takes part.
 """
 
 import json
@@ -112,10 +113,10 @@ def apart(root):
     return max(worst) / max(float(t.float().abs().max()) for n, t in ours.items() if "_proj." in n)
 
 
-def main(millions=500, rounds=3):
+def main(millions=500, rounds=3, directory=None):
     """Print the table."""
-    with tempfile.TemporaryDirectory(prefix="curvkern-merge-") as directory:
-        root = Path(directory)
+    with tempfile.TemporaryDirectory(prefix="curvkern-merge-", dir=directory) as name:
+        root = Path(name)
         weights = make_models(root, millions)
         table = Table(title=f"merging two Llamas of {weights / 1e6:.0f} M weights, bfloat16, whole processes")
         for column in ("merge", "way", "seconds", "x read + write", "peak MiB", "apart"):
@@ -144,4 +145,4 @@ if __name__ == "__main__":
         status = Path("/proc/self/status").read_text()  # getrusage counts the parent too
         print(1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
     else:
-        main(*map(int, sys.argv[1:]))
+        main(*map(int, sys.argv[1:3]), *sys.argv[3:4])

@@ -49,6 +49,30 @@ def test_what_is_not_finite_is_counted_and_left_out_of_sums(backend, device, dty
     assert got == Change(4, 5, 2, 3, 2.0, 0.0, 2.0, 0.0)
 
 
+@pytest.mark.parametrize("at", [1, 255, 256, 999])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        (float("nan"), 1.0, 2.0),
+        (1.0, float("-inf"), 2.0),
+        (1.0, 2.0, float("nan")),
+        (-3e38, 3e38, 3e38),
+        (-1e-45, 0, 0),
+    ],
+)
+def test_one_odd_weight_among_plain_ones(backend, device, odd, at):
+    aligned, tuned, restored = parts = [torch.randn(1000, device=device) for _ in range(3)]
+    tuned[::3], restored[::2] = aligned[::3], tuned[::2]
+    for part, value in zip(parts, odd, strict=True):
+        part[at] = value
+    got, rest = Change.of(change(*parts, backend=backend)), torch.arange(1000, device=device) != at
+    assert list(got[:4]) == plain(*parts)[:4]
+    before, after = ((x - aligned)[at].nan_to_num(0, 0, 0).double() for x in (tuned, restored))
+    own = [before**2, after**2, (after - before) ** 2, before * after]
+    wanted = [x + float(y) for x, y in zip(plain(*(p[rest] for p in parts))[4:], own, strict=True)]
+    assert list(got[4:]) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_strides_offsets_and_mixed_dtypes(backend, device):
     base = torch.randn(40, 50, device=device)
     aligned, tuned, restored = base.T[3:33, 1:21], base.bfloat16()[5:35, 7:27], base.bfloat16()[2:32, 1:21]
