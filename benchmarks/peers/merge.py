@@ -2,13 +2,14 @@
 
 python benchmarks/peers/merge.py [millions of weights] [rounds] [directory]
 
-Every way is a process of its own, in turn with the others, from start to end: imports, reading, merging, writing.
+Every way is a process of its own, in turn with the others, from start to end; "work" is what comes after its imports.
 curvkern merges the linear modules of the decoder and compares every module with both inputs for its report; mergekit
-merges all tensors. Where both do the same, their results must agree. curvkern's output and the copy are on the disk when
-the clock stops, mergekit's may still wait in the system's memory; in a directory in memory (/dev/shm) no disk takes part.
+merges all tensors. Where both do the same, their results must agree. curvkern and the copy end with all on the disk,
+what mergekit wrote may still wait in memory; with a directory in memory (/dev/shm) no disk takes part.
 """
 
 import json
+import os
 import re
 import shutil
 import statistics
@@ -17,11 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.table import Table
-from safetensors.torch import load_file
 
 #: What mergekit calls it, its parameters for each model and for all, and ours.
 KINDS = {
@@ -38,6 +34,7 @@ KINDS = {
 
 def make_models(root, millions):
     """``aligned`` and ``tuned``, bfloat16."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     hidden = 2048
@@ -58,16 +55,26 @@ def make_models(root, millions):
 
 def copy(root, kind, out):
     """Both checkpoints read, one written, on the disk when the clock stops."""
-    from curvkern.bench.passes import _read_and_write
+    block = bytearray(16 << 20)
+    out.mkdir()
 
-    _read_and_write([root / name / "model.safetensors" for name in ("aligned", "tuned")], out)
+    def run():
+        with (out / "raw").open("wb", buffering=0) as target:
+            for name in ("aligned", "tuned"):
+                with (root / name / "model.safetensors").open("rb", buffering=0) as file:
+                    while count := file.readinto(block):
+                        if name == "tuned":
+                            target.write(memoryview(block)[:count])
+            os.fsync(target.fileno())
+
+    return run
 
 
 def curvkern(root, kind, out):
     """The command, without its bar."""
     from curvkern.restore import restore
 
-    restore(root / "aligned", root / "tuned", out=out, method="merge", overwrite=True, **KINDS[kind][3])
+    return lambda: restore(root / "aligned", root / "tuned", out=out, method="merge", **KINDS[kind][3])
 
 
 def mergekit(root, kind, out):
@@ -82,29 +89,30 @@ def mergekit(root, kind, out):
         config["models"] = models if kind == "slerp" else models[1:]
     path = root / "mergekit.yml"
     path.write_text(json.dumps(config))
-    main([str(path), str(out), "--no-copy-tokenizer"], standalone_mode=False)
+    return lambda: main([str(path), str(out), "--no-copy-tokenizer"], standalone_mode=False)
 
 
 WAYS = {way.__name__: way for way in (copy, curvkern, mergekit)}
 
 
 def measured(root, way, kind):
-    """Seconds and peak bytes of a process, or why it failed."""
+    """Seconds of a process, of its work, and its peak bytes; or why it failed."""
     out = root / f"out-{way}"
     shutil.rmtree(out, ignore_errors=True)
-    if way == "copy":
-        out.mkdir()
     command = [sys.executable, __file__, "--run", way, str(root), kind, str(out)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
-        return None, done.stderr.strip().splitlines()[-1]
-    return seconds, int(done.stdout.splitlines()[-1])
+        return done.stderr.strip().splitlines()[-1]
+    work, peak = done.stdout.splitlines()[-1].split()
+    return seconds, float(work), int(peak)
 
 
 def apart(root):
     """Largest difference of the linear modules of both results, relative to the largest weight."""
+    from safetensors.torch import load_file
+
     ours, theirs = (
         {n: t for file in (root / f"out-{way}").glob("*.safetensors") for n, t in load_file(file).items()}
         for way in ("curvkern", "mergekit")
@@ -115,34 +123,43 @@ def apart(root):
 
 def main(millions=500, rounds=3, directory=None):
     """Print the table."""
+    from rich.console import Console
+    from rich.table import Table
+
     with tempfile.TemporaryDirectory(prefix="curvkern-merge-", dir=directory) as name:
         root = Path(name)
         weights = make_models(root, millions)
-        table = Table(title=f"merging two Llamas of {weights / 1e6:.0f} M weights, bfloat16, whole processes")
-        for column in ("merge", "way", "seconds", "x read + write", "peak MiB", "apart"):
+        table = Table(title=f"merging two Llamas of {weights / 1e6:.0f} M weights, bfloat16; medians of {rounds}")
+        for column in ("merge", "way", "process s", "/ mergekit", "work s", "% of copy", "peak MiB", "apart"):
             table.add_column(column)
         for kind in KINDS:
             found = {way: [] for way in WAYS}
             for _ in range(rounds):
                 for way, runs in found.items():
                     runs.append(measured(root, way, kind))
-            both = all(seconds is not None for way in ("curvkern", "mergekit") for seconds, _ in found[way])
-            bare = statistics.median(seconds for seconds, _ in found["copy"])
+            ran = {way: runs for way, runs in found.items() if not any(isinstance(run, str) for run in runs)}
+            medians = {way: [statistics.median(side) for side in zip(*ran[way], strict=True)] for way in ran}
             for way, runs in found.items():
-                if runs[0][0] is None:
-                    table.add_row(kind, way, "n/a", runs[0][1])
+                if way not in ran:
+                    table.add_row(kind, way, "n/a", next(run for run in runs if isinstance(run, str)))
                     continue
-                seconds, peak = (statistics.median(side) for side in zip(*runs, strict=True))
-                agrees = f"{apart(root):.1e}" if both and way == "mergekit" and kind != "dare" else ""
-                table.add_row(kind, way, f"{seconds:.1f}", f"{seconds / bare:.1f}", f"{peak / 2**20:.0f}", agrees)
+                process, work, peak = medians[way]
+                cells = [f"{process / medians['mergekit'][0]:.2f}" if "mergekit" in ran else ""]
+                cells += [f"{work:.2f}", f"{100 * medians['copy'][1] / work:.0f}", f"{peak / 2**20:.0f}"]
+                if way == "mergekit" and "curvkern" in ran and kind != "dare":
+                    cells.append(f"{apart(root):.1e}")
+                table.add_row(kind, way, f"{process:.1f}", *cells)
         Console().print(table)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--run"]:
         way, root, kind, out = sys.argv[2:]
-        WAYS[way](Path(root), kind, Path(out))
+        run = WAYS[way](Path(root), kind, Path(out))
+        start = time.perf_counter()
+        run()
+        seconds = time.perf_counter() - start
         status = Path("/proc/self/status").read_text()  # getrusage counts the parent too
-        print(1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
+        print(seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1]))
     else:
         main(*map(int, sys.argv[1:3]), *sys.argv[3:4])
