@@ -77,9 +77,8 @@ def restore(
     quiet: Annotated[bool, typer.Option(help="No progress bar, no table.")] = False,
 ) -> None:
     """Restore a fine-tuned model and write the result with a report."""
-    from curvkern.recipe import each_method, make_recipe, read_recipe
     from curvkern.report import print_report
-    from curvkern.restore import run_recipes
+    from curvkern.restore import each_method, make_recipe, read_recipe, run_recipes
 
     given = {
         "aligned": aligned, "tuned": tuned, "base": base, "unaligned": unaligned, "safety_adapter": safety_adapter,
@@ -138,7 +137,7 @@ def sweep(
     margin: Annotated[float, typer.Option(help="Of task and over-refusal that safety may cost.")] = 0.05,
 ) -> None:
     """Try values of a method's parameters, measure each restored model, recommend one."""
-    from curvkern.recipe import read_recipe
+    from curvkern.restore import read_recipe
     from curvkern.sweep import sweep as run
 
     run(
@@ -151,7 +150,7 @@ def sweep(
 @app.command()
 def recipe(method: Annotated[str, typer.Argument(help="Restoration method.")]) -> None:
     """Print a recipe of a method with all of its parameters, to fill in."""
-    from curvkern.recipe_text import recipe_text
+    from curvkern.restore.recipe_text import recipe_text
 
     typer.echo(recipe_text(method), nl=False)
 

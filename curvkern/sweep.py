@@ -21,7 +21,7 @@ from curvkern.restore import run_recipe
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from curvkern.recipe import Recipe
+    from curvkern.restore import Recipe
 
 
 @dataclass(frozen=True)

@@ -33,24 +33,13 @@ MAY_IMPORT = {
     "evaluate": (set(), {"torch", "transformers"}),
     "report": ({"memory", "ops", "trace"}, {"torch", "rich", "jinja2", "matplotlib"}),
     "measure": ({"curvature", "evaluate", "report"}, {"rich"}),
-    "recipe": ({"methods"}, {"pydantic", "yaml"}),
-    "scope": ({"methods", "recipe"}, set()),
     "progress": (set(), {"rich"}),
-    "budget": ({"checkpoint", "curvature", "layerwise", "scope"}, {"torch", "transformers"}),
-    "store": ({"budget", "curvature", "methods", "recipe", "scope"}, set()),
     # A method may score prompts while it searches, so this knows how a model is evaluated.
-    "evidence": (
-        {"checkpoint", "curvature", "methods", "evaluate", "recipe", "scope", "progress", "budget", "store"},
-        {"torch", "transformers"},
-    ),
-    "stream": ({"checkpoint", "methods", "evidence", "memory", "ops", "part", "progress", "scope"}, {"torch"}),
-    "part": ({"checkpoint", "methods", "evidence", "report", "recipe", "scope"}, set()),
     "restore": (
-        {"checkpoint", "methods", "evidence", "ops", "part", "report", "recipe", "scope", "stream", "trace"},
-        {"torch"},
+        {"checkpoint", "layerwise", "curvature", "methods", "evaluate", "ops", "report", "memory", "progress", "trace"},
+        {"torch", "transformers", "pydantic", "yaml"},
     ),
-    "sweep": ({"methods", "evaluate", "report", "recipe", "restore"}, {"rich", "matplotlib"}),
-    "recipe_text": ({"methods", "recipe", "evidence"}, {"pydantic", "yaml"}),
+    "sweep": ({"methods", "evaluate", "report", "restore"}, {"rich", "matplotlib"}),
     # Makes everything it needs, as a user would: all that is public.
     "demo": (
         {"__init__", "checkpoint", "ops", "curvature", "methods", "evaluate", "report", "restore", "training"},
@@ -64,8 +53,7 @@ MAY_IMPORT = {
     # Says where _C lies, without importing it.
     "env": ({"__init__", "backend", "ops", "_C"}, {"torch"}),
     "cli": (
-        {"__init__", "restore", "recipe", "recipe_text", "report", "sweep", "demo", "env", "bench"}
-        | {"checkpoint", "curvature", "measure"},
+        {"__init__", "restore", "report", "sweep", "demo", "env", "bench", "checkpoint", "curvature", "measure"},
         {"typer", "yaml", "torch"},
     ),
 }

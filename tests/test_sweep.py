@@ -10,7 +10,7 @@ from rich.console import Console
 from curvkern.cli import app
 from curvkern.evaluate import Rate
 from curvkern.methods import MethodError
-from curvkern.recipe import make_recipe
+from curvkern.restore import make_recipe
 from curvkern.sweep import Point, Sweep, difference, sweep, told_apart
 
 

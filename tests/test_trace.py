@@ -7,8 +7,7 @@ import time
 import pytest
 
 import curvkern
-from curvkern.recipe import make_recipe
-from curvkern.restore import run_recipe
+from curvkern.restore import make_recipe, run_recipe
 from curvkern.trace import Span, Trace, covered, span, tracing
 
 

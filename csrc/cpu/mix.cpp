@@ -2,13 +2,15 @@
 // rounded once.
 //
 // Wins over torch (16 Mi weights): a chain of multiply, add, compare and convert passes over memory becomes one.
+#include "philox.h"
 #include "sums.h"
 
 namespace curvkern::cpu::CURVKERN_ISA {
 namespace {
 
 constexpr int64_t kBlock = kSumBlock, kGrain = kMixChunk;
-static_assert(kMixChunk % kSumBlock == 0, "chunks are whole blocks");
+static_assert(kMixChunk % kSumBlock == 0 && kSumBlock == 4 * kIndices,
+              "chunks are whole blocks, each of one philox_words");
 
 struct Source {
   const void* data;
@@ -20,12 +22,11 @@ Source source(const int64_t* tensors, int64_t k) {
 }
 
 // words[i]: the random word of element first + i; first is a multiple of 4.
-void philox_block(uint32_t* words, int64_t first, uint64_t seed) {
-  const uint64_t index = static_cast<uint64_t>(first) / 4;
-  for (int64_t i = 0; i < kBlock / 4; ++i) {
-    const Philox p = philox4x32_10(index + i, seed);
-    for (int j = 0; j < 4; ++j) words[4 * i + j] = p.v[j];
-  }
+inline void philox_block(uint32_t (&words)[kBlock], int64_t first, uint64_t seed) {
+  alignas(64) uint32_t of_index[4][kIndices];
+  philox_words(of_index, static_cast<uint64_t>(first) / 4, kIndices, seed);
+  for (int64_t i = 0; i < kIndices; ++i)
+    for (int k = 0; k < 4; ++k) words[4 * i + k] = of_index[k][i];
 }
 
 }  // namespace

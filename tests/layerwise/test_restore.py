@@ -12,8 +12,7 @@ from curvkern.curvature import Statistics, estimate, footprint
 from curvkern.curvature.kept import Keeper
 from curvkern.layerwise.gradient import GradientPass
 from curvkern.methods import get
-from curvkern.recipe import RecipeError, make_recipe
-from curvkern.restore import RestoreError
+from curvkern.restore import RecipeError, RestoreError, make_recipe
 
 METHODS = {
     "budgeted": {"safety": "task", "task": "harmful"},
@@ -146,8 +145,8 @@ def test_files_of_layers_are_those_that_are_saved_at_once(family, tmp_path):
 
 def test_footprints_are_told_from_shapes(family):
     """Gradients take as much as was said, and activations what a forward keeps, to a half."""
-    from curvkern.budget import shapes_by_layer
     from curvkern.curvature import Text, memory_needed
+    from curvkern.restore.budget import shapes_by_layer
 
     rows = [Text((3, 4, 5, 6, 7, 8) * 20, (3, 4, 5, 6, 7, 8) * 20)]
     model = transformers.AutoModelForCausalLM.from_pretrained(family / "tuned")

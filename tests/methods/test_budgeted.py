@@ -9,7 +9,6 @@ import torch
 from modules import made_module, made_modules
 
 import curvkern
-from curvkern import stream
 from curvkern.checkpoint import Checkpoint
 from curvkern.curvature import estimate, from_answer
 from curvkern.evaluate import load, read_jsonl
@@ -25,6 +24,7 @@ from curvkern.methods.budgeted import (
     terms_of,
 )
 from curvkern.ops import pack_mask, unpack_mask
+from curvkern.restore import stream
 
 BOTH = pytest.mark.parametrize("interactions", ["bound", "ignored"])
 

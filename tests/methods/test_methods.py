@@ -8,7 +8,7 @@ from modules import module, normal
 
 from curvkern.methods import REGISTRY, MethodError, Module, get, make
 from curvkern.ops import unpack_mask
-from curvkern.recipe import CHECKPOINTS, DATA
+from curvkern.restore.recipe import CHECKPOINTS, DATA
 
 ROOT = Path(__file__).parents[2]
 OUTLINE = ["What it does", "Needs", "When to use it", "Traps", "Command", "In the demo"]

@@ -11,9 +11,8 @@ import curvkern
 from curvkern.checkpoint import Checkpoint
 from curvkern.curvature import CurvatureError
 from curvkern.methods import MethodError, make
-from curvkern.recipe import make_recipe
-from curvkern.restore import RestoreError
-from curvkern.scope import select_modules
+from curvkern.restore import RestoreError, make_recipe
+from curvkern.restore.scope import select_modules
 
 
 def tensors(path):

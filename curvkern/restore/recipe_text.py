@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from curvkern.evidence import looked_at
 from curvkern.methods import get, make
-from curvkern.recipe import CHECKPOINTS, DATA
+from curvkern.restore.evidence import looked_at
+from curvkern.restore.recipe import CHECKPOINTS, DATA
 
 #: What stands beside each input.
 _INPUTS = {

@@ -12,9 +12,9 @@ from shutil import disk_usage
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from curvkern.budget import Placement, size
-from curvkern.recipe import Recipe
-from curvkern.scope import RestoreError
+from curvkern.restore.budget import Placement, size
+from curvkern.restore.recipe import Recipe
+from curvkern.restore.scope import RestoreError
 
 if TYPE_CHECKING:
     from curvkern.curvature import Choices, Footprint, Statistics, Text

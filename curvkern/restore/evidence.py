@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from curvkern.budget import Budget, opened, place, require_resident, shapes_by_layer, size
 from curvkern.progress import bar
-from curvkern.recipe import CHECKPOINTS, DATA, Recipe
-from curvkern.scope import RestoreError
-from curvkern.store import Store, asked_of
+from curvkern.restore.budget import Budget, opened, place, require_resident, shapes_by_layer, size
+from curvkern.restore.recipe import CHECKPOINTS, DATA, Recipe
+from curvkern.restore.scope import RestoreError
+from curvkern.restore.store import Store, asked_of
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Bundle, Checkpoint, Weights

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from curvkern.recipe import RecipeError, make_recipe, read_recipe
+from curvkern.restore import RecipeError, make_recipe, read_recipe
 
 RECIPE = """
 aligned: a

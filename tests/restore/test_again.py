@@ -9,8 +9,7 @@ from test_cli import run
 
 import curvkern
 from curvkern.checkpoint import CheckpointError
-from curvkern.recipe import RecipeError, read_recipe
-from curvkern.restore import run_recipe
+from curvkern.restore import RecipeError, read_recipe, run_recipe
 
 RUNS = {
     "random": {"method": "random", "tuned": "tuned", "fraction": 0.3, "seed": 5, "exclude": ["*.up_proj.weight"]},

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curvkern.evidence import (
+from curvkern.restore.evidence import (
     EditAtOnce,
     ModuleStatistics,
     Score,
@@ -18,10 +18,10 @@ from curvkern.evidence import (
     hidden_evidence,
     scratch_beside,
 )
-from curvkern.part import Part
-from curvkern.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
-from curvkern.scope import RestoreError
-from curvkern.stream import PlannedModules, Stream
+from curvkern.restore.part import Part
+from curvkern.restore.recipe import CHECKPOINTS, DATA, Recipe, make_recipe
+from curvkern.restore.scope import RestoreError
+from curvkern.restore.stream import PlannedModules, Stream
 from curvkern.trace import span, tracing
 
 if TYPE_CHECKING:

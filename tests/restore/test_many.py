@@ -12,8 +12,7 @@ from curvkern.cli import app
 from curvkern.methods import MethodError
 from curvkern.methods.merge import Merge
 from curvkern.methods.random import Random
-from curvkern.recipe import RecipeError, each_method, make_recipe, read_recipe
-from curvkern.restore import RestoreError, run_recipes
+from curvkern.restore import RecipeError, RestoreError, each_method, make_recipe, read_recipe, run_recipes
 
 WEIGHTS = {"lox": {"rank": 4}, "safe_lora": {"number": 5}, "merge": {"weight": 0.3}, "random": {"fraction": 0.2}}
 DATA = {

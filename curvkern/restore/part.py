@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from curvkern.evidence import Score, data_files, looked_at, read_data, working_set
-from curvkern.recipe import CHECKPOINTS, DATA, Recipe
-from curvkern.scope import RestoreError, layer_of, select_modules
+from curvkern.restore.evidence import Score, data_files, looked_at, read_data, working_set
+from curvkern.restore.recipe import CHECKPOINTS, DATA, Recipe
+from curvkern.restore.scope import RestoreError, layer_of, select_modules
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Adapter, AdapterWriter, Bundle, Checkpoint, DeltaWriter, TunedView, Writer

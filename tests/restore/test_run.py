@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 import curvkern
 from curvkern.checkpoint import Adapter, Checkpoint, CheckpointError, open_tuned
 from curvkern.methods import MethodError, make
-from curvkern.recipe import RecipeError
-from curvkern.restore import RestoreError
+from curvkern.restore import RecipeError, RestoreError
 
 
 def tensors(path):
@@ -234,7 +233,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from curvkern.methods.gradient_rollback import GradientRollback
 from curvkern.methods.merge import Merge
-from test_restore import always_one, restore
+from test_run import always_one, restore
 
 family, out, tuned, method, at, options = json.loads(sys.argv[2])
 owner = Merge if method == "merge" else GradientRollback

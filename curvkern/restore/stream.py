@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from curvkern.evidence import ModuleStatistics, gather_statistics, read_ahead
 from curvkern.memory import give_back
-from curvkern.part import Part
 from curvkern.progress import bar
-from curvkern.scope import layer_of
+from curvkern.restore.evidence import ModuleStatistics, gather_statistics, read_ahead
+from curvkern.restore.part import Part
+from curvkern.restore.scope import layer_of
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Bundle

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from curvkern.scope import RestoreError, layer_of
+from curvkern.restore.scope import RestoreError, layer_of
 
 if TYPE_CHECKING:
     from curvkern.checkpoint import Weights

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from curvkern.methods import Method
-    from curvkern.recipe import Recipe
+    from curvkern.restore.recipe import Recipe
 
 
 class RestoreError(RuntimeError):

@@ -10,10 +10,10 @@ import curvkern
 from curvkern.checkpoint import Checkpoint
 from curvkern.curvature import Choices, Statistics, estimate, from_answer
 from curvkern.evaluate import load, read_jsonl
-from curvkern.evidence import ModuleStatistics
 from curvkern.methods import Edit, Method, Need
 from curvkern.methods import get as get_method
 from curvkern.restore import RestoreError
+from curvkern.restore.evidence import ModuleStatistics
 
 NEEDS = (
     Need("gradient", "harmful"),

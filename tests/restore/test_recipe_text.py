@@ -2,10 +2,10 @@ import pytest
 import yaml
 from test_cli import run
 
-from curvkern.evidence import looked_at
 from curvkern.methods import REGISTRY, MethodError, get, make
-from curvkern.recipe import CHECKPOINTS, DATA, read_recipe
-from curvkern.recipe_text import recipe_text
+from curvkern.restore.evidence import looked_at
+from curvkern.restore.recipe import CHECKPOINTS, DATA, read_recipe
+from curvkern.restore.recipe_text import recipe_text
 
 
 @pytest.mark.parametrize("name", REGISTRY)
