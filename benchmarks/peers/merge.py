@@ -4,8 +4,9 @@ python benchmarks/peers/merge.py [millions of weights] [rounds] [directory]
 
 Every way is a process of its own, in turn with the others, from start to end; "work" is what comes after its imports.
 curvkern merges the linear modules of the decoder and compares every module with both inputs for its report; mergekit
-merges all tensors. Where both do the same, their results must agree. curvkern and the copy end with all on the disk,
-what mergekit wrote may still wait in memory; with a directory in memory (/dev/shm) no disk takes part.
+merges all tensors. Where both do the same, their results must agree. Inputs are in no cache when a process starts;
+curvkern and the copy end with all on the disk, what mergekit wrote may still wait in memory. In a directory in memory
+(/dev/shm) no disk takes part.
 """
 
 import json
@@ -99,6 +100,10 @@ def measured(root, way, kind):
     """Seconds of a process, of its work, and its peak bytes; or why it failed."""
     out = root / f"out-{way}"
     shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    for file in root.glob("*/*.safetensors"):
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     command = [sys.executable, __file__, "--run", way, str(root), kind, str(out)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)

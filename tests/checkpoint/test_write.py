@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_edited_checkpoint_loads_and_generates(save, generate, tmp_path):
     assert record["report"] == {"changed": 12}
     assert record["names"] == {"aligned": "a", "tuned": "t"}
     assert record["inputs"]["aligned"]["files"].keys() == set(aligned.files)
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == version("torch")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "method `merge`" in card
     assert "- aligned: `a`" in card
