@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from curvkern.checkpoint.adapter import Adapter
 from curvkern.checkpoint.agree import Source
+from curvkern.checkpoint.stage import Output
 from curvkern.checkpoint.write import Writer
 
 
-class AdapterWriter:
+class AdapterWriter(Output):
     """Writes an adapter laid out like another one; what is not written is copied.
 
     Rank and scale stay those of ``like``: only the factors' values change. Safety is `Writer`'s:
@@ -110,18 +110,8 @@ class AdapterWriter:
         """
         self.copy_rest()
         self._writer.finish(extra_json, extra_files=extra_files, side_files=self._like.side_files(), library="peft")
+        self._finished = True
 
     def abort(self) -> None:
         """Give up: nothing appears at ``OUT``."""
         self._writer.abort()
-
-    def __enter__(self) -> AdapterWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._writer.__exit__(kind, exception, traceback)
