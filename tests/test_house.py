@@ -126,6 +126,14 @@ def test_the_table_has_no_circle():
     graphlib.TopologicalSorter({here: parts for here, (parts, _) in MAY_IMPORT.items()}).prepare()
 
 
+def test_the_parts_of_the_pass_import_each_other_one_way():
+    files = sorted((PACKAGE / "restore").glob("[!_]*.py"))
+    graph = {f"curvkern.restore.{path.stem}": set(imported(path)) for path in files}
+    assert "curvkern.restore.stream" in graph["curvkern.restore.run"]
+    assert not any("curvkern.restore" in modules for modules in graph.values()), "the package imports its files"
+    graphlib.TopologicalSorter(graph).prepare()
+
+
 def test_only_launch_imports_the_native_extension():
     importers = {name(path) for path in MODULES if "curvkern._C" in imported(path)}
     assert importers == {"curvkern/backend/launch.py", "curvkern/env.py"}

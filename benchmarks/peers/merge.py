@@ -55,7 +55,7 @@ def make_models(root, millions):
 
 
 def copy(root, kind, out):
-    """Both checkpoints read, one written, on the disk when the clock stops."""
+    """Both checkpoints read, one written, in one thread as cp does; on the disk when the clock stops."""
     block = bytearray(16 << 20)
     out.mkdir()
 

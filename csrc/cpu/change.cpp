@@ -31,7 +31,7 @@ inline void count(double* sums, SumBlock& a, SumBlock& t, SumBlock& r) {
   int32_t changed = 0, nonfinite = 0, spread = 0, differing = 0;
   for (int64_t i = 0; i < kSumBlock; ++i) {
     const float before = t.v[i] - a.v[i], after = r.v[i] - a.v[i];
-    if (tame) {
+    if constexpr (tame) {
       changed += r.v[i] != t.v[i];
       differing += t.v[i] != a.v[i];
     } else {
