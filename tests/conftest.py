@@ -34,9 +34,9 @@ def _poisoned_memory(monkeypatch):
 
     def poison(tensor):
         if tensor.is_floating_point():
-            tensor.fill_(float("nan"))
+            tensor.detach().fill_(float("nan"))
         elif tensor.dtype not in (torch.bool,):
-            tensor.fill_(119)
+            tensor.detach().fill_(119)
         return tensor
 
     for name in ("empty", "empty_like"):
